@@ -1,0 +1,150 @@
+//! Budgets: bytes that may be held at once, and rates. Over budget a caller waits; nothing aborts.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+
+/// Unit of accounting, bytes: a [`ByteBudget`] rounds every hold up to it.
+const UNIT: u64 = 4096;
+
+/// A hard budget of bytes. Holds are RAII; who finds it spent waits in line (first come, first served).
+#[derive(Debug, Clone)]
+pub struct ByteBudget {
+    slots: Arc<Semaphore>,
+    total: u64,
+    waits: Arc<AtomicU64>,
+}
+
+/// Bytes held from a [`ByteBudget`]; given back on drop.
+#[derive(Debug)]
+pub struct Hold {
+    _permit: OwnedSemaphorePermit,
+    bytes: u64,
+}
+
+impl Hold {
+    /// How many bytes are held.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl ByteBudget {
+    /// A budget of `total` bytes (at least one unit of 4 KiB).
+    pub fn new(total: u64) -> Self {
+        let units = (total / UNIT).clamp(1, u32::MAX as u64);
+        ByteBudget { slots: Arc::new(Semaphore::new(units as usize)), total: units * UNIT, waits: Arc::default() }
+    }
+
+    fn units(&self, bytes: u64) -> u32 {
+        // A single request larger than the whole budget may run alone rather than wait for ever.
+        bytes.div_ceil(UNIT).clamp(1, self.total / UNIT) as u32
+    }
+
+    /// Waits until `bytes` are free and holds them.
+    pub async fn hold(&self, bytes: u64) -> Hold {
+        if let Some(h) = self.try_hold(bytes) {
+            return h;
+        }
+        self.waits.fetch_add(1, Relaxed);
+        match self.slots.clone().acquire_many_owned(self.units(bytes)).await {
+            Ok(permit) => Hold { _permit: permit, bytes },
+            Err(_) => unreachable!("a ByteBudget's semaphore is never closed"),
+        }
+    }
+
+    /// Holds `bytes` if they are free now.
+    pub fn try_hold(&self, bytes: u64) -> Option<Hold> {
+        let permit = self.slots.clone().try_acquire_many_owned(self.units(bytes)).ok()?;
+        Some(Hold { _permit: permit, bytes })
+    }
+
+    /// The whole budget, bytes.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// Bytes held now.
+    pub fn used(&self) -> u64 {
+        self.total - self.slots.available_permits() as u64 * UNIT
+    }
+
+    /// How often a caller had to wait.
+    pub fn waits(&self) -> u64 {
+        self.waits.load(Relaxed)
+    }
+}
+
+/// A token bucket: `rate` units a second with a burst of one second's worth. A rate of 0 means no limit.
+#[derive(Debug)]
+pub struct RateLimit {
+    rate: f64,
+    state: Mutex<(f64, Instant)>,
+}
+
+impl RateLimit {
+    /// A limit of `rate` units (bytes, requests) a second; 0 = unlimited.
+    pub fn new(rate: u64) -> Self {
+        RateLimit { rate: rate as f64, state: Mutex::new((rate as f64, Instant::now())) }
+    }
+
+    /// Takes `units`, waiting until the bucket allows them. A call larger than the burst runs into debt and the next
+    /// callers wait it out, so the long-run rate holds for any size of call.
+    pub async fn take(&self, units: u64) {
+        if self.rate == 0.0 {
+            return;
+        }
+        let wait = {
+            let mut s = self.state.lock().await;
+            let now = Instant::now();
+            s.0 = (s.0 + now.duration_since(s.1).as_secs_f64() * self.rate).min(self.rate);
+            s.1 = now;
+            s.0 -= units as f64;
+            if s.0 >= 0.0 { return } else { Duration::from_secs_f64(-s.0 / self.rate) }
+        };
+        tokio::time::sleep(wait).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn over_budget_waits_until_bytes_return() {
+        let b = ByteBudget::new(1 << 20);
+        let first = b.hold(1 << 20).await;
+        assert_eq!(b.used(), 1 << 20);
+        assert!(b.try_hold(1).is_none());
+        let waiter = tokio::spawn({
+            let b = b.clone();
+            async move { b.hold(4096).await.bytes() }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiter.is_finished());
+        drop(first);
+        assert_eq!(waiter.await.expect("waiter"), 4096);
+        assert_eq!((b.used(), b.waits()), (0, 1));
+    }
+
+    #[tokio::test]
+    async fn a_request_larger_than_the_budget_runs_alone() {
+        let b = ByteBudget::new(8192);
+        let h = b.hold(1 << 30).await;
+        assert_eq!((h.bytes(), b.used()), (1 << 30, 8192));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn long_run_rate_holds() {
+        let l = RateLimit::new(1000);
+        let t = Instant::now();
+        for _ in 0..50 {
+            l.take(100).await;
+        }
+        // 5000 units: 1000 of burst, then 4 s at 1000/s.
+        let s = t.elapsed().as_secs_f64();
+        assert!((3.9..4.2).contains(&s), "{s}");
+    }
+}
