@@ -97,8 +97,8 @@ mod tests {
             let end = (start + n).min(size);
             let w = widen(start..end, size);
             prop_assert!(w.start <= start && w.end >= end && w.end <= size);
-            prop_assert_eq!(w.start % GRANULE_BYTES as u64, 0);
-            prop_assert!(w.end == size || w.end % GRANULE_BYTES as u64 == 0);
+            prop_assert!(w.start.is_multiple_of(GRANULE_BYTES as u64));
+            prop_assert!(w.end == size || w.end.is_multiple_of(GRANULE_BYTES as u64));
         }
 
         #[test]

@@ -1,0 +1,1 @@
+//! Test servers of our own and starters of real ones. Never linked into a product.
