@@ -5,6 +5,9 @@
 //! trait ([`connect`] stacks them, visibly, in one place). One suite ([`suite`]) is run over every implementation against a
 //! real server, its tests chosen by the declared [`Capabilities`].
 
+pub mod names;
+pub mod object;
+
 use async_trait::async_trait;
 use bytes::Bytes;
 use efc_common::Result;
