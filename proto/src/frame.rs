@@ -220,12 +220,7 @@ pub async fn read_head<R: AsyncRead + Unpin>(from: &mut R, bulk_max: u32) -> Res
     }
     let meta = read_bulk(from, header.meta_len()).await?;
     let message = header.message(&raw, meta)?;
-    Ok(Some(Head {
-        request: header.request,
-        deadline_ms: header.deadline_ms,
-        message,
-        bulk_len: header.bulk_len(),
-    }))
+    Ok(Some(Head { request: header.request, deadline_ms: header.deadline_ms, message, bulk_len: header.bulk_len() }))
 }
 
 /// Reads the `len` bytes of a bulk into one fresh buffer: the only copy from the socket to its user.
