@@ -131,6 +131,12 @@ impl Error {
         self
     }
 
+    /// The same error for one more waiter: kind and verdict of the original, its context and causes folded into the
+    /// message.
+    pub fn share(&self) -> Self {
+        Error::new(self.kind(), self.to_string()).with_retry(self.retry())
+    }
+
     /// What went wrong.
     pub fn kind(&self) -> Kind {
         self.inner.kind

@@ -60,7 +60,7 @@ macro_rules! messages {
 }
 
 messages! {
-    1 Hello: "First frame both ways.";
+    1 Hello: "First frame both ways; sent again later it asks whether the worker is alive.";
     2 Attach: "Client names a source.";
     3 Attached: "Worker accepts it.";
     4 Read: "Client asks for bytes.";
@@ -185,11 +185,26 @@ impl Header {
     }
 }
 
-/// Reads one frame; `None` at a clean end between frames.
+/// A frame up to its bulk, which follows on the stream: the reader decides what to do with it before it is read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Head {
+    /// Chosen by the asker; its answers repeat it.
+    pub request: u64,
+    /// How long the asker still waits, milliseconds; 0 in answers.
+    pub deadline_ms: u32,
+    /// The message.
+    pub message: Message,
+    /// Bytes of bulk that follow.
+    pub bulk_len: usize,
+}
+
+/// Reads a frame up to its bulk; `None` at a clean end between frames. A peer that may not send a bulk is held to
+/// `bulk_max` 0.
 ///
 /// # Errors
-/// [`Kind::Corrupt`] for bytes that are not a frame, [`Kind::Unavailable`] when the peer went away inside one.
-pub async fn read_frame<R: AsyncRead + Unpin>(from: &mut R) -> Result<Option<Frame>> {
+/// [`Kind::Corrupt`] for bytes that are not a frame or a bulk over `bulk_max` bytes (nothing is allocated for it),
+/// [`Kind::Unavailable`] when the peer went away inside a frame.
+pub async fn read_head<R: AsyncRead + Unpin>(from: &mut R, bulk_max: u32) -> Result<Option<Head>> {
     let mut raw = [0u8; HEADER_BYTES];
     let mut have = 0;
     while have < HEADER_BYTES {
@@ -200,14 +215,19 @@ pub async fn read_frame<R: AsyncRead + Unpin>(from: &mut R) -> Result<Option<Fra
         }
     }
     let header = Header::decode(&raw)?;
-    let meta = read_exact(from, header.meta_len()).await?;
-    // The message is checked before a bulk is allocated.
+    if header.bulk_len > bulk_max {
+        return Err(refused("frame has a bulk longer than allowed here").with("bulk", header.bulk_len));
+    }
+    let meta = read_bulk(from, header.meta_len()).await?;
     let message = header.message(&raw, meta)?;
-    let bulk = read_exact(from, header.bulk_len()).await?;
-    Ok(Some(Frame { request: header.request, deadline_ms: header.deadline_ms, message, bulk }))
+    Ok(Some(Head { request: header.request, deadline_ms: header.deadline_ms, message, bulk_len: header.bulk_len() }))
 }
 
-async fn read_exact<R: AsyncRead + Unpin>(from: &mut R, len: usize) -> Result<Bytes> {
+/// Reads the `len` bytes of a bulk into one fresh buffer: the only copy from the socket to its user.
+///
+/// # Errors
+/// [`Kind::Unavailable`] when the peer went away inside it, or the socket's error.
+pub async fn read_bulk<R: AsyncRead + Unpin>(from: &mut R, len: usize) -> Result<Bytes> {
     // `limit` + `read_buf` fills fresh memory without zeroing it first.
     let mut buf = BytesMut::with_capacity(len);
     let mut limited = from.take(len as u64);
@@ -217,6 +237,33 @@ async fn read_exact<R: AsyncRead + Unpin>(from: &mut R, len: usize) -> Result<By
         }
     }
     Ok(buf.freeze())
+}
+
+/// Reads the `len` bytes of a bulk that nobody wants any more, without keeping them.
+///
+/// # Errors
+/// As [`read_bulk`].
+pub async fn skip_bulk<R: AsyncRead + Unpin>(from: &mut R, len: usize) -> Result<()> {
+    let mut scratch = [0u8; 4096];
+    let mut left = len;
+    while left > 0 {
+        let want = left.min(scratch.len());
+        match from.read(&mut scratch[..want]).await? {
+            0 => return Err(Error::new(Kind::Unavailable, "connection closed inside a frame")),
+            n => left -= n,
+        }
+    }
+    Ok(())
+}
+
+/// Reads one whole frame; `None` at a clean end between frames.
+///
+/// # Errors
+/// As [`read_head`] and [`read_bulk`].
+pub async fn read_frame<R: AsyncRead + Unpin>(from: &mut R) -> Result<Option<Frame>> {
+    let Some(head) = read_head(from, BULK_BYTES_MAX).await? else { return Ok(None) };
+    let bulk = read_bulk(from, head.bulk_len).await?;
+    Ok(Some(Frame { request: head.request, deadline_ms: head.deadline_ms, message: head.message, bulk }))
 }
 
 #[cfg(test)]
@@ -315,5 +362,17 @@ mod tests {
             assert!(Header::decode(&head).is_err_and(|e| e.to_string().contains("too long")));
         }
         assert!(encode_head(1, 0, &f.message, BULK_BYTES_MAX as usize + 1).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_bulk_where_none_is_allowed_is_refused_and_an_unwanted_one_can_be_skipped() {
+        let message = Message::from(data::EvictAll {});
+        let f = Frame { request: 1, deadline_ms: 0, message, bulk: Bytes::from(vec![1; 10_000]) };
+        let raw = [encode(&f), encode(&f)].concat();
+        assert!(read_head(&mut raw.as_slice(), 0).await.is_err_and(|e| e.is(Kind::Corrupt)));
+        let mut rest = raw.as_slice();
+        let head = read_head(&mut rest, BULK_BYTES_MAX).await.expect("head").expect("frame");
+        skip_bulk(&mut rest, head.bulk_len).await.expect("skip");
+        assert_eq!(read_frame(&mut rest).await.expect("second"), Some(f));
     }
 }

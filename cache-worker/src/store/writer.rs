@@ -1,0 +1,271 @@
+//! The one background thread of a store: copies segments from memory to disk, and hot ones from disk to memory.
+//!
+//! Its queue holds guards, so it is bounded in bytes by the share of the memory quota that is set aside for entries in limbo
+//! ([`super::reserve`]). When the queue is full the segment is not written: reads never wait for a cache disk.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread::JoinHandle;
+
+use efc_common::error::Context;
+use efc_common::id::SegmentKey;
+use efc_common::{Kind, Result};
+use parking_lot::{Condvar, Mutex};
+
+use super::segment::{Entry, Segment, Tier};
+use super::slab::{PutRequest, Slab, cost};
+use super::{BypassReason, Tiers};
+
+/// Disk entries waiting to be copied to memory.
+const PROMOTIONS_MAX: usize = 64;
+
+#[derive(Default)]
+struct Queue {
+    /// Memory entries to be written to disk.
+    writes: VecDeque<Arc<Entry>>,
+    /// Room of `writes` and of the write under way, bytes.
+    writes_bytes: u64,
+    /// Disk entries to be copied to memory.
+    promotions: VecDeque<Arc<Entry>>,
+    /// What the thread works on, and whether it is pinned.
+    busy: Option<(SegmentKey, bool)>,
+    /// `busy` was removed from the store meanwhile: undo the copy.
+    cancelled: bool,
+    stop: bool,
+}
+
+struct State {
+    tiers: Arc<Tiers>,
+    queue: Mutex<Queue>,
+    /// Work came, or stop.
+    work: Condvar,
+    /// The queue ran empty.
+    idle: Condvar,
+    bytes_max: u64,
+}
+
+/// Owner of the thread; dropping it ends the thread after the copy under way.
+pub(super) struct Writer {
+    state: Arc<State>,
+    thread: Option<JoinHandle<()>>,
+}
+
+enum Job {
+    Write(Arc<Entry>),
+    Promote(Arc<Entry>),
+}
+
+impl Writer {
+    /// Starts the thread, if there are two kinds of tier to copy between.
+    ///
+    /// # Errors
+    /// When the system has no thread to give.
+    pub(super) fn start(tiers: Arc<Tiers>, bytes_max: u64) -> Result<Self> {
+        let needed = tiers.memory.is_some() && !tiers.disks.is_empty();
+        let state = Arc::new(State {
+            tiers,
+            queue: Mutex::new(Queue::default()),
+            work: Condvar::new(),
+            idle: Condvar::new(),
+            bytes_max,
+        });
+        let thread = if needed {
+            let state = state.clone();
+            let spawned = std::thread::Builder::new().name("efc-store".into()).spawn(move || state.run());
+            Some(spawned.context("start the cache's disk writer")?)
+        } else {
+            None
+        };
+        Ok(Writer { state, thread })
+    }
+
+    /// Memory took this entry in, or (`leaving`) has just evicted it: have it written to disk if a disk wants it. A disk is
+    /// asked once per entry, when there is room in the queue.
+    pub(super) fn offer(&self, entry: Arc<Entry>, leaving: bool) {
+        if self.thread.is_none() || entry.offered.load(Relaxed) {
+            return;
+        }
+        let s = &*self.state;
+        let Some(disk) = s.tiers.home(&entry.key) else { return };
+        let room = cost(entry.len);
+        let fits = s.queue.lock().writes_bytes + room <= s.bytes_max;
+        if !fits {
+            if leaving {
+                s.tiers.counters.bypassed(BypassReason::DiskQueue);
+            }
+            return;
+        }
+        if entry.offered.swap(true, Relaxed)
+            || !(disk.admits(&entry.key, entry.len, true) || entry.pinned.load(Relaxed))
+        {
+            return;
+        }
+        let mut q = s.queue.lock();
+        q.writes_bytes += room;
+        q.writes.push_back(entry);
+        s.work.notify_one();
+    }
+
+    /// A disk entry was asked for again.
+    pub(super) fn promote(&self, entry: &Arc<Entry>) {
+        let Some(memory) = &self.state.tiers.memory else { return };
+        if self.thread.is_none() || entry.offered.load(Relaxed) || !memory.admits(&entry.key, entry.len, false) {
+            return;
+        }
+        let mut q = self.state.queue.lock();
+        if q.promotions.len() < PROMOTIONS_MAX && !entry.offered.swap(true, Relaxed) {
+            q.promotions.push_back(entry.clone());
+            self.state.work.notify_one();
+        }
+    }
+
+    /// The key is being removed: forget work on it, and undo the copy under way.
+    pub(super) fn cancel(&self, key: &SegmentKey) {
+        let mut q = self.state.queue.lock();
+        q.cancelled |= q.busy.is_some_and(|(k, _)| k == *key);
+        q.drop_where(|e| e.key == *key);
+    }
+
+    /// Everything that is not pinned is being removed.
+    pub(super) fn cancel_all(&self) {
+        let mut q = self.state.queue.lock();
+        q.cancelled |= q.busy.is_some_and(|(_, pinned)| !pinned);
+        q.drop_where(|e| !e.pinned.load(Relaxed));
+    }
+
+    /// Waits until there is no work.
+    pub(super) fn flush(&self) {
+        let mut q = self.state.queue.lock();
+        while self.thread.is_some() && !(q.writes.is_empty() && q.promotions.is_empty() && q.busy.is_none()) {
+            self.state.idle.wait(&mut q);
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.state.queue.lock().stop = true;
+        self.state.work.notify_one();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the cache's disk writer panicked");
+        }
+    }
+}
+
+impl Queue {
+    fn drop_where(&mut self, gone: impl Fn(&Entry) -> bool) {
+        let freed = &mut self.writes_bytes;
+        self.writes.retain(|e| {
+            let keep = !gone(e);
+            if !keep {
+                *freed -= cost(e.len);
+            }
+            keep
+        });
+        self.promotions.retain(|e| !gone(e));
+    }
+
+    fn next(&mut self) -> Option<Job> {
+        let job = match self.writes.pop_front() {
+            Some(e) => Job::Write(e),
+            None => Job::Promote(self.promotions.pop_front()?),
+        };
+        self.busy = Some((job.entry().key, job.entry().pinned.load(Relaxed)));
+        self.cancelled = false;
+        Some(job)
+    }
+}
+
+impl Job {
+    fn entry(&self) -> &Arc<Entry> {
+        let (Job::Write(e) | Job::Promote(e)) = self;
+        e
+    }
+}
+
+impl State {
+    fn run(&self) {
+        while let Some(job) = self.wait() {
+            let target = match &job {
+                Job::Write(e) => self.tiers.home(&e.key),
+                Job::Promote(_) => self.tiers.memory.as_ref(),
+            };
+            if let Some(target) = target {
+                self.copy(&job, target);
+            }
+            let room = matches!(job, Job::Write(_)) as u64 * cost(job.entry().len);
+            let key = job.entry().key;
+            if let Job::Promote(e) = &job {
+                e.offered.store(false, Relaxed);
+            }
+            // The guard goes first, so that its room is free when the queue says that it has room.
+            drop(job);
+            let mut q = self.queue.lock();
+            q.writes_bytes -= room;
+            q.busy = None;
+            let cancelled = q.cancelled;
+            drop(q);
+            if cancelled && let Some(target) = target {
+                target.remove(&key, super::Removal::Asked);
+            }
+        }
+    }
+
+    fn wait(&self) -> Option<Job> {
+        let mut q = self.queue.lock();
+        loop {
+            if q.stop {
+                return None;
+            }
+            if let Some(job) = q.next() {
+                return Some(job);
+            }
+            self.idle.notify_all();
+            self.work.wait(&mut q);
+        }
+    }
+
+    /// Copies one segment; what goes wrong is counted where it went wrong, and the segment is not copied.
+    fn copy(&self, job: &Job, target: &Slab) {
+        let entry = job.entry();
+        let promote = matches!(job, Job::Promote(_));
+        if target.peek(&entry.key).is_some() {
+            return;
+        }
+        let segment = Segment { entry: entry.clone() };
+        let bytes = match segment.read(0..entry.len) {
+            Ok(b) => b,
+            Err(e) => {
+                debug_assert!(!e.is(Kind::Invalid), "a whole segment is a valid range");
+                return;
+            }
+        };
+        let request = PutRequest {
+            key: entry.key,
+            pieces: &[bytes],
+            len: entry.len,
+            sums: entry.sums(),
+            pinned: !promote && entry.pinned.load(Relaxed),
+            expires_ms: entry.expires_ms,
+            trial: false,
+            admitted: true,
+        };
+        match target.put(&request, &mut drop) {
+            Ok(copy) => {
+                // A memory copy of a disk entry need not be written to disk.
+                copy.offered.store(promote, Relaxed);
+                if request.pinned
+                    && let Some(memory) = &self.tiers.memory
+                {
+                    // The pinned copy is the one on disk.
+                    memory.pin(&entry.key, false);
+                }
+            }
+            Err(reason) if target.tier() != Tier::Memory => self.tiers.counters.bypassed(reason),
+            Err(_) => {}
+        }
+    }
+}
