@@ -175,7 +175,7 @@ pub(super) fn list(req: &Req, state: &State) -> Answer {
     let v2 = req.param("list-type") == Some("2");
     let bytes = |name: &str| req.param_bytes(name).unwrap_or(&[]).to_vec();
     let url = req.param("encoding-type") == Some("url");
-    let after = match req.param("continuation-token").filter(|_| v2) {
+    let after = match req.param("continuation-token").filter(|t| v2 && !t.is_empty()) {
         Some(token) => name_of(token)?,
         None if v2 => bytes("start-after"),
         None => bytes("marker"),

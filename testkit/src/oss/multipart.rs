@@ -81,8 +81,9 @@ pub(super) fn part_copy(req: &Req, state: &mut State) -> Answer {
     let part = Part::new(req.dialect, Bytes::from(source.slice(start, end).concat()));
     let mut x = Xml::new("CopyPartResult", "");
     x.text("LastModified", &iso_date(part.modified)).text("ETag", &format!("\"{}\"", part.etag));
+    let reply = Reply::new(200).header("etag", format!("\"{}\"", part.etag));
     upload.parts.insert(number, part);
-    Ok(Reply::new(200).xml(x.finish("CopyPartResult")))
+    Ok(reply.xml(x.finish("CopyPartResult")))
 }
 
 /// `bytes=first-last`, both given and inside the source.
@@ -131,7 +132,8 @@ pub(super) fn complete(req: &Req, state: &mut State) -> Answer {
     }
     x.text("Location", &format!("http://{}{}", req.host, req.raw_path)).text("Bucket", req.bucket_name());
     x.key("Key", &req.key, url).text("ETag", &format!("\"{}\"", object.etag));
-    let mut reply = Reply::new(200).xml(x.finish("CompleteMultipartUploadResult"));
+    let mut reply = Reply::new(200).header("etag", format!("\"{}\"", object.etag));
+    reply = reply.xml(x.finish("CompleteMultipartUploadResult"));
     if dialect == Dialect::Oss {
         reply = reply.header("x-oss-hash-crc64ecma", object.crc64.to_string());
     }
@@ -206,6 +208,7 @@ pub(super) fn list_uploads(req: &Req, state: &State) -> Answer {
         .key("Prefix", prefix, url)
         .value("MaxUploads", 1000)
         .value("IsTruncated", false);
+    x.text("KeyMarker", "").text("UploadIdMarker", "").text("NextKeyMarker", "").text("NextUploadIdMarker", "");
     let mut uploads: Vec<_> = b.uploads.iter().filter(|(_, u)| u.key.starts_with(prefix)).collect();
     uploads.sort_by(|a, b| (&a.1.key, a.0).cmp(&(&b.1.key, b.0)));
     for (id, upload) in uploads {
