@@ -46,20 +46,35 @@ pub async fn connect(spec: &SourceSpec, keys: Option<&StaticKeys>) -> Result<Dyn
 /// # Errors
 /// As [`connect`].
 pub async fn connect_counted(spec: &SourceSpec, keys: Option<&StaticKeys>) -> Result<Connected> {
-    let timeout = duration(spec, "timeout", Duration::from_secs(15))?;
-    let deadline = duration(spec, "deadline", Duration::from_secs(60))?;
-    let requests = bytes(spec, "request_rate")?;
-    let bandwidth = bytes(spec, "bandwidth")?;
-    let raw = plain(spec, keys, timeout)?;
+    let settings = Settings {
+        timeout: duration(spec, "timeout", Duration::from_secs(15))?,
+        deadline: duration(spec, "deadline", Duration::from_secs(60))?,
+        request_rate: bytes(spec, "request_rate")?,
+        bandwidth: bytes(spec, "bandwidth")?,
+    };
+    let raw = plain(spec, keys, settings.timeout)?;
     let raw = match spec.option("fault") {
         Some(text) => Arc::new(Fault::new(raw, Knobs::parse(text)?)),
         None => raw,
     };
+    Ok(stack(raw, spec.url(), &settings))
+}
+
+/// What the decorators take from the source's options.
+pub(crate) struct Settings {
+    pub(crate) timeout: Duration,
+    pub(crate) deadline: Duration,
+    pub(crate) request_rate: u64,
+    pub(crate) bandwidth: u64,
+}
+
+/// Puts the decorators on; see the module.
+pub(crate) fn stack(raw: DynBackend, source: String, s: &Settings) -> Connected {
     let counters = Arc::new(Counters::new(raw.capabilities()));
     let counted = Arc::new(Count::new(raw, counters.clone()));
-    let limited = Arc::new(Limit::new(counted, requests, bandwidth, timeout));
-    let backend = Arc::new(Retry::new(limited, spec.url(), deadline, timeout, counters.clone()));
-    Ok(Connected { backend, counters })
+    let limited = Arc::new(Limit::new(counted, s.request_rate, s.bandwidth, s.timeout));
+    let backend = Arc::new(Retry::new(limited, source, s.deadline, s.timeout, counters.clone()));
+    Connected { backend, counters }
 }
 
 /// The plain protocol client.
@@ -81,4 +96,179 @@ fn duration(spec: &SourceSpec, name: &str, default: Duration) -> Result<Duration
 
 fn bytes(spec: &SourceSpec, name: &str) -> Result<u64> {
     spec.option(name).map_or(Ok(0), |text| parse_bytes(text).context(format!("option {name}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::{Cut, Script};
+    use crate::suite::content;
+    use efc_common::Retry as Verdict;
+    use efc_common::node::Node;
+    use efc_common::source::SecretRef;
+    use futures::TryStreamExt;
+    use tempfile::TempDir;
+    use tokio::time::Instant;
+
+    const LEN: usize = 5 << 20;
+
+    /// A local directory with one file of [`LEN`] bytes, under the whole stack with faults to order.
+    struct Rig {
+        _dir: TempDir,
+        script: Script,
+        origin: Connected,
+        data: Vec<u8>,
+    }
+
+    fn rig_with(settings: Settings) -> Rig {
+        let dir = tempfile::tempdir().expect("a directory");
+        let data = content(1, LEN);
+        std::fs::write(dir.path().join("f"), &data).expect("a file");
+        let url = format!("file://{}", dir.path().display());
+        let spec = SourceSpec::parse(&url, Default::default(), SecretRef::Anonymous).expect("a source");
+        let (fault, script) = Fault::scripted(plain(&spec, None, settings.timeout).expect("plain"));
+        Rig { _dir: dir, script, origin: stack(Arc::new(fault), spec.url(), &settings), data }
+    }
+
+    fn seconds(timeout: u64, deadline: u64) -> Settings {
+        let s = Duration::from_secs;
+        Settings { timeout: s(timeout), deadline: s(deadline), request_rate: 0, bandwidth: 0 }
+    }
+
+    impl Rig {
+        async fn file(&self) -> Node {
+            let root = self.origin.backend.root().await.expect("root");
+            self.origin.backend.lookup(&root.locator, b"f").await.expect("lookup")
+        }
+
+        async fn read(&self, node: &Node) -> Result<Vec<u8>> {
+            let all = self.origin.backend.read(&node.locator, &node.version, 0..LEN as u64).await?;
+            Ok(all.try_collect::<Vec<_>>().await?.concat())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn passing_faults_are_asked_again_and_others_are_not() {
+        let rig = rig_with(seconds(15, 60));
+        let node = rig.file().await;
+        rig.script.fail_next(3, Kind::Unavailable);
+        assert_eq!(rig.origin.backend.getattr(&node.locator).await.expect("getattr"), node);
+        let before = rig.script.calls();
+        for kind in [Kind::PermissionDenied, Kind::Stale, Kind::Io] {
+            rig.script.fail_next(1, kind);
+            let e = rig.origin.backend.getattr(&node.locator).await.expect_err("refused");
+            assert_eq!(e.kind(), kind);
+        }
+        assert_eq!(rig.script.calls() - before, 3);
+        let stats = rig.origin.counters.stats();
+        assert_eq!((stats.retries, stats.errors, stats.requests["getattr"]), (3, 6, 7));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_deadline_ends_it_and_the_error_tells_the_story() {
+        let rig = rig_with(seconds(15, 60));
+        let node = rig.file().await;
+        rig.script.fail_next(10_000, Kind::Unavailable);
+        let began = Instant::now();
+        let e = rig.origin.backend.getattr(&node.locator).await.expect_err("down");
+        assert_eq!((e.kind(), e.retry()), (Kind::Timeout, Verdict::Never));
+        assert_eq!(began.elapsed().as_secs(), 60);
+        let attempts: u32 = e.context("attempts").expect("attempts").parse().expect("a number");
+        assert!((40..200).contains(&attempts), "{attempts}");
+        assert!(e.to_string().contains("injected failure") && e.context("elapsed").is_some(), "{e}");
+        let began = Instant::now();
+        let e = rig.origin.backend.root().await.expect_err("down");
+        assert_eq!(
+            (e.kind(), began.elapsed().as_secs()),
+            (Kind::Timeout, 15),
+            "a mount waits no longer than one timeout"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_hangs_is_given_up_and_asked_again() {
+        let rig = rig_with(seconds(4, 60));
+        let node = rig.file().await;
+        rig.script.stall_next();
+        let began = Instant::now();
+        assert_eq!(rig.origin.backend.getattr(&node.locator).await.expect("getattr"), node);
+        assert!(began.elapsed() >= Duration::from_secs(5) && began.elapsed() < Duration::from_secs(6));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_broken_stream_goes_on_where_it_stopped() {
+        for how in [Cut::Break, Cut::End, Cut::Stall] {
+            let rig = rig_with(seconds(15, 60));
+            let node = rig.file().await;
+            rig.script.cut_read(3_000_001, how);
+            rig.script.cut_read(7, how);
+            assert!(rig.read(&node).await.expect("read") == rig.data);
+            let len = LEN as u64;
+            assert_eq!(rig.script.ranges(), [0..len, 3_000_001..len, 3_000_008..len], "{how:?}");
+            assert_eq!(rig.origin.counters.stats().bytes, len, "nothing was fetched twice");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_gets_the_deadline_anew_after_each_byte_and_ends_when_none_comes() {
+        let rig = rig_with(seconds(15, 20));
+        let node = rig.file().await;
+        for _ in 0..5 {
+            rig.script.cut_read(100_000, Cut::Stall);
+        }
+        let began = Instant::now();
+        assert!(rig.read(&node).await.expect("read") == rig.data);
+        assert!(began.elapsed() > Duration::from_secs(90), "longer than the deadline, because it got on");
+        for _ in 0..5 {
+            rig.script.cut_read(0, Cut::Stall);
+        }
+        let began = Instant::now();
+        let e = rig.read(&node).await.expect_err("no byte at all");
+        assert_eq!(e.kind(), Kind::Timeout);
+        assert!(began.elapsed() < Duration::from_secs(40), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_changed_file_is_never_asked_again() {
+        let rig = rig_with(seconds(15, 60));
+        let node = rig.file().await;
+        rig.script.cut_read(1_000_000, Cut::Stale);
+        assert!(rig.read(&node).await.is_err_and(|e| e.is(Kind::Stale)));
+        assert_eq!(rig.script.ranges().len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bandwidth_and_request_rate_hold() {
+        let rig = rig_with(Settings { bandwidth: 1 << 20, ..seconds(15, 60) });
+        let node = rig.file().await;
+        let began = Instant::now();
+        assert!(rig.read(&node).await.expect("read") == rig.data);
+        // 5 MiB at 1 MiB/s, of which one second's worth comes at once.
+        assert!((3.9..4.5).contains(&began.elapsed().as_secs_f64()), "{:?}", began.elapsed());
+        let rig = rig_with(Settings { request_rate: 10, ..seconds(15, 60) });
+        let node = rig.file().await;
+        let began = Instant::now();
+        for _ in 0..38 {
+            rig.origin.backend.getattr(&node.locator).await.expect("getattr");
+        }
+        assert!((2.9..3.5).contains(&began.elapsed().as_secs_f64()), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn options_that_make_no_sense_are_refused_by_name() {
+        for (name, value) in [
+            ("timeout", "0"),
+            ("deadline", "soon"),
+            ("bandwidth", "fast"),
+            ("connections", "0"),
+            ("mount_port", "70000"),
+            ("fault", "error=2"),
+            ("fault", "earthquake"),
+        ] {
+            let options = [(name.to_string(), value.to_string())].into();
+            let spec = SourceSpec::parse("nfs://127.0.0.1/x", options, SecretRef::Anonymous).expect("a source");
+            let e = connect(&spec, None).await.err().expect("refused");
+            assert!(e.is(Kind::Invalid) && e.to_string().contains(name), "{name}={value}: {e}");
+        }
+    }
 }

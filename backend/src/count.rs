@@ -35,9 +35,10 @@ impl Request {
         match (self, objects) {
             (Request::Lookup, false) => "lookup",
             (Request::Getattr, false) => "getattr",
-            (Request::Lookup | Request::Getattr, true) => "head",
+            (Request::Getattr, true) => "head",
             (Request::List, false) => "readdir",
-            (Request::List, true) => "list",
+            // Object stores find a name by a list of a few keys.
+            (Request::Lookup | Request::List, true) => "list",
             (Request::Read, false) => "read",
             (Request::Read, true) => "get",
             (Request::Other, _) => "other",

@@ -335,8 +335,12 @@ fn read_chunk(fd: &OwnedFd, locator: &[u8], version: &[u8], range: Range<u64>) -
 /// Fails unless the open file is `version`.
 fn same(fd: &OwnedFd, version: &[u8], locator: &[u8]) -> Result<()> {
     let stat = rustix::fs::fstat(fd).map_err(|e| error(e, locator))?;
-    if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-        return Err(Error::new(Kind::IsADirectory, format!("`{}` is a directory", show(locator))));
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => {}
+        FileType::Directory => {
+            return Err(Error::new(Kind::IsADirectory, format!("`{}` is a directory", show(locator))));
+        }
+        _ => return Err(Error::new(Kind::Invalid, format!("`{}` is no regular file", show(locator)))),
     }
     if version_of(&stat) != version {
         return Err(Error::new(Kind::Stale, "the file changed").with("path", show(locator)));
@@ -421,5 +425,59 @@ mod tests {
             assert!(root.below(bad).is_err_and(|e| e.is(Kind::Invalid)), "{}", show(bad));
         }
         assert_eq!(Root { path: b"/".to_vec() }.below(b"/etc/x").expect("below /"), b"etc/x");
+    }
+
+    fn backend(dir: &std::path::Path) -> File {
+        let url = format!("file://{}", dir.display());
+        let spec = SourceSpec::parse(&url, Default::default(), efc_common::source::SecretRef::Anonymous);
+        File::new(&spec.expect("a source"))
+    }
+
+    fn locator(dir: &std::path::Path, below: &str) -> Bytes {
+        Bytes::from(dir.join(below).into_os_string().into_encoded_bytes())
+    }
+
+    #[tokio::test]
+    async fn symbolic_links_are_shown_and_never_followed() {
+        let outside = tempfile::tempdir().expect("outside");
+        std::fs::write(outside.path().join("secret"), "s").expect("secret");
+        let dir = tempfile::tempdir().expect("dir");
+        std::os::unix::fs::symlink(outside.path(), dir.path().join("door")).expect("link");
+        std::os::unix::fs::symlink("/proc/self/root", dir.path().join("magic")).expect("link");
+        let b = backend(dir.path());
+        for (path, link) in [("door/secret", "door"), ("magic/etc/passwd", "magic")] {
+            assert!(b.getattr(&locator(dir.path(), path)).await.is_err_and(|e| e.is(Kind::Stale)), "{path}");
+            let node = b.getattr(&locator(dir.path(), link)).await.expect("the link itself");
+            assert_eq!(node.attr.kind, FileKind::Symlink);
+            assert!(b.lookup(&node.locator, b"x").await.is_err());
+            assert!(b.list(&node.locator, None).await.is_err());
+            assert!(b.read(&node.locator, &node.version, 0..1).await.is_err());
+        }
+    }
+
+    #[tokio::test]
+    async fn special_files_are_listed_and_never_waited_for() {
+        let dir = tempfile::tempdir().expect("dir");
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::RUSR, 0).expect("fifo");
+        let b = backend(dir.path());
+        let page = b.list(&locator(dir.path(), ""), None).await;
+        assert!(page.is_err_and(|e| e.is(Kind::Invalid)), "a locator ends without a slash");
+        let root = b.root().await.expect("root");
+        let page = b.list(&root.locator, None).await.expect("list");
+        let node = &page.entries[0].node;
+        assert_eq!(node.attr.kind, FileKind::Special);
+        assert_eq!(b.xattrs(&node.locator).await.expect("xattrs"), []);
+        assert!(b.read(&node.locator, &node.version, 0..1).await.is_err());
+        assert!(b.read(&root.locator, &node.version, 0..1).await.is_err_and(|e| e.is(Kind::IsADirectory)));
+    }
+
+    #[tokio::test]
+    async fn a_missing_root_is_named() {
+        let dir = tempfile::tempdir().expect("dir");
+        let e = backend(&dir.path().join("absent")).root().await.expect_err("absent");
+        assert!(e.is(Kind::NotFound) && e.message().contains("absent"), "{e}");
+        std::fs::write(dir.path().join("plain"), "").expect("file");
+        assert!(backend(&dir.path().join("plain")).root().await.is_err_and(|e| e.is(Kind::NotADirectory)));
     }
 }

@@ -5,6 +5,8 @@
 //! conditional although NFSv3 has no such thing: each reply carries the file's attributes, and one that does not match ends the stream.
 //! Reading needs the handle alone, so a worker never mounts. Names and handles are the server's word and are checked.
 
+#[cfg(test)]
+mod fake;
 mod mount;
 mod ops;
 mod rpc;

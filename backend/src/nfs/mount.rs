@@ -40,22 +40,21 @@ pub(super) async fn mount(host: &str, port: Option<u16>, path: &str, timeout: Du
         None => ask_portmapper(host, timeout).await?,
     };
     let service = Client::new(MOUNT, &format!("{host}:{port}"), 1, timeout);
-    match mnt(&service, path).await? {
+    let status = match mnt(&service, path).await? {
         Ok(handle) => return Ok(Export { handle, below: String::new() }),
-        Err(status) => {
-            // The server may not list its exports to us: then the message does without.
-            let exports = exports(&service).await.unwrap_or_default();
-            for e in &exports {
-                let below = path.strip_prefix(e.trim_end_matches('/')).and_then(|rest| rest.strip_prefix('/'));
-                if let Some(below) = below.filter(|b| !b.is_empty())
-                    && let Ok(handle) = mnt(&service, e).await?
-                {
-                    return Ok(Export { handle, below: below.into() });
-                }
-            }
-            Err(refusal(status, host, path, &exports))
+        Err(status) => status,
+    };
+    // The server may not list its exports to us: then the message does without.
+    let exports = exports(&service).await.unwrap_or_default();
+    for e in &exports {
+        let below = path.strip_prefix(e.trim_end_matches('/')).and_then(|rest| rest.strip_prefix('/'));
+        if let Some(below) = below.filter(|b| !b.is_empty())
+            && let Ok(handle) = mnt(&service, e).await?
+        {
+            return Ok(Export { handle, below: below.into() });
         }
     }
+    Err(refusal(status, host, path, &exports))
 }
 
 async fn ask_portmapper(host: &str, timeout: Duration) -> Result<u16> {

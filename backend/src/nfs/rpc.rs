@@ -62,6 +62,7 @@ struct Call {
 struct Waiting {
     /// Number of the connection the call was sent on.
     connection: u64,
+    sent: Instant,
     reply: oneshot::Sender<Result<Bytes>>,
 }
 
@@ -143,11 +144,10 @@ impl Client {
         let (slot, queue) = &self.slots[self.turn.fetch_add(1, Relaxed) % self.slots.len()];
         let xid = self.xid.fetch_add(1, Relaxed);
         let frame = self.encode(xid, procedure, arguments)?;
-        let began = Instant::now();
         let _forget = Forget(slot, xid);
         let answer = timeout(self.timeout, exchange(slot, queue, xid, frame)).await;
         let Ok(answer) = answer else {
-            slot.doubt(began);
+            slot.doubt(xid);
             let text = format!("{} at {} did not answer within {:?}", self.program.name, self.address, self.timeout);
             return Err(Error::new(Kind::Timeout, text));
         };
@@ -186,10 +186,20 @@ impl Drop for Client {
 }
 
 impl Slot {
-    /// A call that began at `began` was not answered in time: give the connection up if nothing else was answered either.
-    fn doubt(&self, began: Instant) {
-        if *self.heard.lock() < began {
+    /// A call was not answered in time: give its connection up if nothing else came since it was sent either.
+    fn doubt(&self, xid: u32) {
+        let sent = self.waiting.lock().get(&xid).map(|w| w.sent);
+        if sent.is_some_and(|sent| *self.heard.lock() <= sent) {
             self.suspect.send_modify(|n| *n += 1);
+        }
+    }
+
+    /// Puts a call into the table of waiting calls and its bytes into `out`, unless its caller went away.
+    fn register(&self, connection: u64, call: Call, out: &mut BytesMut) {
+        if !call.reply.is_closed() {
+            let waiting = Waiting { connection, sent: Instant::now(), reply: call.reply };
+            self.waiting.lock().insert(call.xid, waiting);
+            out.extend_from_slice(&call.frame);
         }
     }
 
@@ -294,12 +304,14 @@ async fn write_calls(slot: Arc<Slot>, mut calls: mpsc::Receiver<Call>, tasks: Ta
         let (read, mut write) = stream.into_split();
         let (broken, mut is_broken) = oneshot::channel();
         tasks.spawn(read_replies(slot.clone(), number, read, broken));
+        let mut out = BytesMut::new();
+        slot.register(number, first, &mut out);
         let why = tokio::select! {
-            // In this order: the first poll of `send_all` puts `first` into the table of waiting calls.
+            // In this order: calls that wait in the queue are not sent on a connection that is known to be bad.
             biased;
-            why = send_all(&slot, number, &mut write, first, &mut calls) => why,
             why = &mut is_broken => why.unwrap_or_else(|_| "the reader stopped".into()),
             _ = suspect.changed() => "no answer at all for the whole timeout".into(),
+            why = send_all(&slot, number, &mut write, &mut calls, out) => why,
         };
         // Dropping the write half alone would keep the socket open: its other half belongs to the reader, which ends on shutdown.
         let _ = write.shutdown().await;
@@ -313,32 +325,27 @@ fn refuse(call: Call, e: &Error) {
     let _ = call.reply.send(Err(Error::new(e.kind(), e.to_string()).with_retry(e.retry())));
 }
 
-/// Sends calls as they come, as many as there are with one write; returns why it cannot go on.
+/// Sends `out`, and then calls as they come, as many as there are with one write; returns why it cannot go on.
 async fn send_all(
     slot: &Slot,
     connection: u64,
     write: &mut OwnedWriteHalf,
-    first: Call,
     calls: &mut mpsc::Receiver<Call>,
+    mut out: BytesMut,
 ) -> String {
-    let mut out = BytesMut::new();
-    let mut next = Some(first);
     loop {
-        let Some(call) = next.take() else { return "the client is stopping".into() };
-        let mut more = Some(call);
-        while let Some(call) = more {
-            if !call.reply.is_closed() {
-                slot.waiting.lock().insert(call.xid, Waiting { connection, reply: call.reply });
-                out.extend_from_slice(&call.frame);
-            }
-            more = if out.len() < BATCH_BYTES { calls.try_recv().ok() } else { None };
-        }
         match timeout(slot.timeout, write.write_all(&out)).await {
             Ok(Ok(())) => out.clear(),
             Ok(Err(e)) => return e.to_string(),
             Err(_) => return format!("it took nothing for {:?}", slot.timeout),
         }
-        next = calls.recv().await;
+        let Some(call) = calls.recv().await else { return "the client is stopping".into() };
+        slot.register(connection, call, &mut out);
+        while out.len() < BATCH_BYTES
+            && let Ok(call) = calls.try_recv()
+        {
+            slot.register(connection, call, &mut out);
+        }
     }
 }
 

@@ -1,0 +1,141 @@
+//! NFS against a real server in trouble: restarts, silence, refusals. What every origin must do is in `suite.rs`.
+
+use efc_backend::suite::content;
+use efc_backend::{DynBackend, connect};
+use efc_common::node::Node;
+use efc_common::source::{SecretRef, SourceSpec};
+use efc_common::{Kind, Result};
+use efc_testkit::port::Port;
+use efc_testkit::{Ganesha, scratch};
+use futures::TryStreamExt;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+const LEN: usize = 8 << 20;
+
+/// A server over a directory with `sub/file` of [`LEN`] bytes.
+struct Rig {
+    server: Ganesha,
+    dir: TempDir,
+    data: Vec<u8>,
+}
+
+impl Rig {
+    fn start() -> Rig {
+        let dir = scratch("nfs").expect("scratch");
+        let data = content(3, LEN);
+        std::fs::create_dir(dir.path().join("sub")).expect("a directory");
+        std::fs::write(dir.path().join("sub/file"), &data).expect("a file");
+        Rig { server: Ganesha::start(dir.path()).expect("ganesha"), dir, data }
+    }
+
+    /// The source at `below` the export.
+    async fn source(&self, below: &str, options: &[(&str, &str)]) -> DynBackend {
+        let url = format!("{}{below}", self.server.url());
+        open(&url, self.server.mount_port(), options).await
+    }
+
+    async fn read(&self, backend: &DynBackend, file: &Node) -> Result<Vec<u8>> {
+        let stream = backend.read(&file.locator, &file.version, 0..LEN as u64).await?;
+        Ok(stream.try_collect::<Vec<_>>().await?.concat())
+    }
+}
+
+async fn open(url: &str, mount_port: u16, options: &[(&str, &str)]) -> DynBackend {
+    let mut all: BTreeMap<String, String> = options.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    all.insert("mount_port".into(), mount_port.to_string());
+    let spec = SourceSpec::parse(url, all, SecretRef::Anonymous).expect("a source");
+    connect(&spec, None).await.expect("connect")
+}
+
+async fn find(backend: &DynBackend, path: &str) -> Node {
+    let mut node = backend.root().await.expect("root");
+    for name in path.split('/') {
+        node = backend.lookup(&node.locator, name.as_bytes()).await.expect("lookup");
+    }
+    node
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_of_the_server_costs_a_pause() {
+    let mut rig = Rig::start();
+    let backend = rig.source("", &[("timeout", "5s"), ("deadline", "30s")]).await;
+    let file = find(&backend, "sub/file").await;
+    let mut stream = backend.read(&file.locator, &file.version, 0..LEN as u64).await.expect("open");
+    let mut got = stream.try_next().await.expect("the first piece").expect("not empty").to_vec();
+    rig.server.kill();
+    let (data, back) = {
+        let backend = backend.clone();
+        let locator = file.locator.clone();
+        let asked = tokio::spawn(async move { backend.getattr(&locator).await });
+        let rest = tokio::spawn(async move { stream.try_collect::<Vec<_>>().await });
+        let mut server = rig;
+        let server = tokio::task::spawn_blocking(move || {
+            server.server.restart().expect("restart");
+            server
+        });
+        rig = server.await.expect("restarted");
+        (rest.await.expect("joined").expect("the rest of the stream"), asked.await.expect("joined").expect("getattr"))
+    };
+    got.extend_from_slice(&data.concat());
+    assert!(got == rig.data, "the bytes differ");
+    assert_eq!(back, file, "handles survive a restart");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_falls_silent_is_an_error_after_the_deadline_and_recovers() {
+    let rig = Rig::start();
+    let backend = rig.source("", &[("timeout", "1s"), ("deadline", "3s")]).await;
+    let file = find(&backend, "sub/file").await;
+    rig.server.freeze().expect("freeze");
+    let began = Instant::now();
+    let (attributes, bytes) = tokio::join!(backend.getattr(&file.locator), rig.read(&backend, &file));
+    for e in [attributes.expect_err("silent"), bytes.expect_err("silent")] {
+        assert_eq!(e.kind(), Kind::Timeout, "{e}");
+        assert!(e.context("attempts").is_some(), "{e}");
+    }
+    assert!(began.elapsed() >= Duration::from_secs(3) && began.elapsed() < Duration::from_secs(8));
+    rig.server.thaw().expect("thaw");
+    assert!(rig.read(&backend, &file).await.expect("read") == rig.data);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_directory_below_the_export_can_be_the_source() {
+    let rig = Rig::start();
+    let backend = rig.source("/sub", &[]).await;
+    let file = find(&backend, "file").await;
+    assert!(rig.read(&backend, &file).await.expect("read") == rig.data);
+    // A worker is given a locator and never mounts: the MOUNT port is wrong here and nobody minds.
+    let port = Port::lease().expect("port");
+    let worker = open(&rig.server.url(), port.number(), &[]).await;
+    assert!(rig.read(&worker, &file).await.expect("read") == rig.data);
+    let space = backend.statfs().await.expect("statfs");
+    let real = rustix::fs::statvfs(rig.dir.path()).expect("statvfs");
+    assert_eq!(space.total_bytes, real.f_blocks * real.f_frsize);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_cannot_be_mounted_says_why() {
+    let rig = Rig::start();
+    let quick = [("timeout", "2s")];
+    let export = rig.dir.path().to_str().expect("utf-8").to_string();
+    let e = rig.source("/absent", &quick).await.root().await.expect_err("absent");
+    assert!(e.is(Kind::NotFound) && e.to_string().contains("/absent"), "{e}");
+    let e = rig.source("/sub/file", &quick).await.root().await.expect_err("a file");
+    assert!(e.is(Kind::NotADirectory) && e.to_string().contains("/sub/file"), "{e}");
+
+    let host = format!("nfs://127.0.0.1:{}", rig.server.port());
+    let e =
+        open(&format!("{host}/not/exported"), rig.server.mount_port(), &quick).await.root().await.expect_err("foreign");
+    assert!(matches!(e.kind(), Kind::NotFound | Kind::PermissionDenied), "{e:?}");
+    assert!(e.to_string().contains("/not/exported") && e.to_string().contains(&export), "{e}");
+
+    let closed = Port::lease().expect("port");
+    let began = Instant::now();
+    let e = open(&rig.server.url(), closed.number(), &quick).await.root().await.expect_err("closed");
+    assert!(e.is(Kind::Timeout) && e.to_string().contains(&closed.number().to_string()), "{e}");
+    assert!(began.elapsed() < Duration::from_secs(5));
+    let e = open("nfs://no-such-host.invalid/x", 1, &quick).await.root().await.expect_err("no host");
+    assert!(e.to_string().contains("no-such-host.invalid"), "{e}");
+}
