@@ -10,7 +10,9 @@ pub mod count;
 pub mod fault;
 mod file;
 mod limit;
+pub mod names;
 mod nfs;
+pub mod object;
 mod retry;
 #[cfg(any(test, feature = "suite"))]
 pub mod suite;
