@@ -14,6 +14,7 @@ use crate::fault::{Fault, Knobs};
 use crate::file::File;
 use crate::limit::Limit;
 use crate::nfs::Nfs;
+use crate::object;
 use crate::retry::Retry;
 use efc_common::error::Context;
 use efc_common::source::{SourceKind, SourceSpec, StaticKeys};
@@ -62,13 +63,11 @@ pub async fn connect_counted(spec: &SourceSpec, keys: Option<&StaticKeys>) -> Re
 }
 
 /// The plain protocol client.
-fn plain(spec: &SourceSpec, _keys: Option<&StaticKeys>, timeout: Duration) -> Result<DynBackend> {
+fn plain(spec: &SourceSpec, keys: Option<&StaticKeys>, timeout: Duration) -> Result<DynBackend> {
     Ok(match spec.kind {
         SourceKind::File => Arc::new(File::new(spec)),
         SourceKind::Nfs => Arc::new(Nfs::new(spec, timeout)?),
-        SourceKind::Oss | SourceKind::S3 => {
-            return Err(Error::new(Kind::Unsupported, "object stores are not built in yet"));
-        }
+        SourceKind::Oss | SourceKind::S3 => Arc::new(object::connect(spec, keys)?),
     })
 }
 
