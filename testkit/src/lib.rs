@@ -7,16 +7,20 @@
 pub mod data;
 pub mod ganesha;
 pub mod http;
+pub mod listing;
 pub mod moto;
+pub mod oss;
 pub mod port;
 pub mod process;
 pub mod sign;
 pub mod target;
 pub mod venv;
 pub mod weed;
+pub mod xml;
 
 pub use ganesha::{Ganesha, GaneshaOptions};
 pub use moto::Moto;
+pub use oss::{Action, Dialect, Fault, Identity, OssOptions, OssServer};
 pub use process::{Guarded, scratch};
 pub use target::S3Target;
 pub use weed::Weed;
