@@ -1,8 +1,8 @@
 //! The answer to ListObjects (version 2), which S3 and OSS share: XML in, raw keys out. Pure and bounded: the caller limits the
 //! body, this file looks at each byte once.
 //!
-//! We always ask for `encoding-type=url`, since XML cannot carry most control characters. Keys then come percent-encoded, and a space
-//! as `+` at AWS and OSS, while SeaweedFS leaves a plus sign bare: the caller says which ([`Plus`]).
+//! We always ask for `encoding-type=url`, since XML cannot carry most control characters. Keys then come encoded like form fields: `%XX`,
+//! and `+` for a space.
 
 use super::version::{self, ETAG_BYTES_MAX, Version};
 use efc_common::{Error, Kind, Result, Retry};
@@ -10,15 +10,6 @@ use percent_encoding::percent_decode;
 use quick_xml::events::{BytesRef, Event};
 use reqsign_core::time::Timestamp;
 use std::borrow::Cow;
-
-/// What a bare `+` in an encoded key stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Plus {
-    /// A space, as in HTML forms.
-    Space,
-    /// Itself.
-    Literal,
-}
 
 /// One object of a listing.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,11 +45,11 @@ struct Fields {
 }
 
 /// Reads a page.
-pub(crate) fn parse(body: &[u8], plus: Plus) -> Result<Listing> {
+pub(crate) fn parse(body: &[u8]) -> Result<Listing> {
     let text = String::from_utf8_lossy(body);
     // The server ignored the encoding we asked for: what could not be spelt as UTF-8 is lost.
     let lossy = matches!(text, Cow::Owned(_));
-    let mut page = Page { plus, lossy, ..Page::default() };
+    let mut page = Page { lossy, ..Page::default() };
     let mut seen_root = false;
     each_element(&text, |event| {
         match event {
@@ -82,8 +73,8 @@ fn corrupt(message: impl Into<String>) -> Error {
     Error::new(Kind::Corrupt, message).with_retry(Retry::Later)
 }
 
+#[derive(Default)]
 struct Page {
-    plus: Plus,
     lossy: bool,
     encoded: bool,
     truncated: bool,
@@ -91,21 +82,6 @@ struct Page {
     fields: Fields,
     objects: Vec<(String, Fields)>,
     prefixes: Vec<String>,
-}
-
-impl Default for Page {
-    fn default() -> Self {
-        Page {
-            plus: Plus::Space,
-            lossy: false,
-            encoded: false,
-            truncated: false,
-            token: None,
-            fields: Fields::default(),
-            objects: Vec::new(),
-            prefixes: Vec::new(),
-        }
-    }
 }
 
 impl Page {
@@ -137,10 +113,7 @@ impl Page {
         if !self.encoded {
             return text.as_bytes().to_vec();
         }
-        match self.plus {
-            Plus::Space if text.contains('+') => percent_decode(text.replace('+', " ").as_bytes()).collect(),
-            _ => percent_decode(text.as_bytes()).collect(),
-        }
+        percent_decode(text.replace('+', " ").as_bytes()).collect()
     }
 
     /// `Err` with the reason when the key was damaged on its way.
@@ -271,21 +244,19 @@ mod tests {
 
     #[test]
     fn a_page() {
-        let page = parse(PAGE.as_bytes(), Plus::Space).expect("page");
+        let page = parse(PAGE.as_bytes()).expect("page");
         let version = Version { size: 12, mtime_secs: 1_767_225_601, etag: b"ab-1".to_vec() };
         assert_eq!(page.objects, [Object { key: b"d/a b+c\n\xff".to_vec(), version }]);
         assert_eq!(page.prefixes, [b"d/e//".to_vec()]);
         assert_eq!(page.next.as_deref(), Some("a&b=="));
         assert_eq!(page.unusable.iter().map(|(k, _)| &k[..]).collect::<Vec<_>>(), [&b"d/link"[..], b"d/odd"]);
-        let literal = parse(PAGE.as_bytes(), Plus::Literal).expect("page");
-        assert_eq!(literal.objects[0].key, b"d/a+b+c\n\xff");
     }
 
     #[test]
     fn a_server_that_ignores_the_encoding() {
         let body = b"<ListBucketResult><Contents><Key>a+%20</Key><Size>1</Size><LastModified>2026-01-01T00:00:00Z</LastModified>\
             </Contents><Contents><Key>\xff</Key></Contents><CommonPrefixes><Prefix>\xfe/</Prefix></CommonPrefixes></ListBucketResult>";
-        let page = parse(body, Plus::Space).expect("page");
+        let page = parse(body).expect("page");
         assert_eq!(page.objects[0].key, b"a+%20");
         assert_eq!(page.unusable.len(), 2);
     }
@@ -299,7 +270,7 @@ mod tests {
             "{}",
             "<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>",
         ] {
-            assert!(parse(body.as_bytes(), Plus::Space).is_err_and(|e| e.is(Kind::Corrupt)), "{body}");
+            assert!(parse(body.as_bytes()).is_err_and(|e| e.is(Kind::Corrupt)), "{body}");
         }
     }
 
@@ -308,8 +279,8 @@ mod tests {
         fn damaged_pages_never_panic(at in 0usize..PAGE.len(), byte: u8) {
             let mut body = PAGE.as_bytes().to_vec();
             body[at] = byte;
-            let _ = parse(&body, Plus::Space);
-            prop_assert!(parse(&body[..at], Plus::Space).is_err());
+            let _ = parse(&body);
+            prop_assert!(parse(&body[..at]).is_err());
         }
     }
 }

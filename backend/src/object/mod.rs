@@ -32,9 +32,8 @@ use efc_common::id::SourceId;
 use efc_common::node::Node;
 use efc_common::source::{SourceSpec, StaticKeys};
 use efc_common::{Error, Kind, Result};
-use http::{Method, Response, header};
-use hyper::body::Incoming;
-use list::{Listing, Plus};
+use http::{Method, header};
+use list::Listing;
 use std::ops::Range;
 use std::sync::Arc;
 use version::{ETAG_BYTES_MAX, Place, Version, bare_etag, place};
@@ -183,16 +182,9 @@ impl ObjectBackend {
             query.push(("continuation-token", token.as_bytes()));
         }
         let answer = self.client.send(&Call { method: Method::GET, key: b"", query: &query, headers: vec![] }).await?;
-        let plus = plus(&answer);
         let body = self.client.collect(answer.into_body(), LIST_BYTES_MAX).await?;
-        list::parse(&body, plus)
+        list::parse(&body)
     }
-}
-
-/// SeaweedFS escapes keys as path parts, where a plus sign is itself; everybody else as form fields.
-fn plus(answer: &Response<Incoming>) -> Plus {
-    let server = answer.headers().get(header::SERVER).map_or(&b""[..], |v| v.as_bytes());
-    if server.starts_with(b"SeaweedFS") { Plus::Literal } else { Plus::Space }
 }
 
 fn not_a_directory() -> Error {
