@@ -14,6 +14,8 @@ mod policy;
 mod recover;
 mod segment;
 mod slab;
+#[cfg(test)]
+mod suite;
 mod writer;
 
 use std::path::PathBuf;
@@ -390,7 +392,7 @@ impl Tiers {
 
     /// The disk a new key goes to: by weighted rendezvous among the disks in use, so that one disk's failure moves only its own keys.
     fn home(&self, key: &SegmentKey) -> Option<&Arc<Slab>> {
-        let hash = slab::key_hash(key);
+        let hash = slab::key_hash(key) as u64;
         let score = |i: usize| {
             let mixed = (hash ^ (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             let unit = ((mixed >> 11) as f64 + 1.0) / (1u64 << 53) as f64;
