@@ -12,10 +12,14 @@ mod counters;
 mod index;
 mod policy;
 mod recover;
+#[cfg(test)]
+mod restart;
 mod segment;
 mod slab;
 #[cfg(test)]
 mod suite;
+#[cfg(test)]
+mod tiering;
 mod writer;
 
 use std::path::PathBuf;
@@ -211,7 +215,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Kind::Invalid`] for a configuration that cannot work, [`Kind::Busy`] when another process uses a directory, else why a
-    /// directory cannot be made or opened. A disk that fails with an I/O error or is read-only is not an error: it is out of use.
+    /// directory cannot be made or opened. A disk that fails, is full or is read-only is not an error: it is out of use.
     pub fn open(config: StoreConfig) -> Result<Arc<Store>> {
         if config.memory.is_none() && config.disks.is_empty() {
             return Err(Error::new(Kind::Invalid, "the cache has no tier; give it a memory quota or a disk directory"));

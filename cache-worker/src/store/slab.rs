@@ -280,6 +280,9 @@ impl Slab {
         self.counters.removed(self.shared.tier, Removal::Capacity, out.len() as u64);
         out.into_iter().for_each(evicted);
         if let Some(existing) = claimed? {
+            if r.pinned {
+                self.pin(&r.key, true);
+            }
             return Ok(existing);
         }
         self.reclaim();
@@ -577,6 +580,18 @@ impl Slab {
 
     pub(super) fn tier(&self) -> Tier {
         self.shared.tier
+    }
+
+    /// Memory taken by the table, the entries and the policy, allocator rounding included.
+    #[cfg(test)]
+    pub(super) fn memory_bytes(&self) -> usize {
+        let s = self.state.lock();
+        // std's table: 8/7 of its capacity in buckets, rounded up to a power of two, one control byte each.
+        let buckets = (s.map.capacity() * 8 / 7).next_power_of_two();
+        let map = buckets * (size_of::<(SegmentKey, u32)>() + 1);
+        let entry = (size_of::<Entry>() + 2 * size_of::<usize>() + size_of::<usize>()).next_multiple_of(16);
+        let lists = s.slots.capacity() * size_of::<Option<Arc<Entry>>>() + s.free.capacity() * size_of::<u32>();
+        map + s.map.len() * entry + lists + s.policy.memory_bytes()
     }
 
     pub(super) fn stats(&self) -> TierStats {
