@@ -12,8 +12,14 @@ mod counters;
 mod index;
 mod policy;
 mod recover;
+#[cfg(test)]
+mod restart;
 mod segment;
 mod slab;
+#[cfg(test)]
+mod suite;
+#[cfg(test)]
+mod tiering;
 mod writer;
 
 use std::path::PathBuf;
@@ -209,7 +215,7 @@ impl Store {
     ///
     /// # Errors
     /// [`Kind::Invalid`] for a configuration that cannot work, [`Kind::Busy`] when another process uses a directory, else why a
-    /// directory cannot be made or opened. A disk that fails with an I/O error or is read-only is not an error: it is out of use.
+    /// directory cannot be made or opened. A disk that fails, is full or is read-only is not an error: it is out of use.
     pub fn open(config: StoreConfig) -> Result<Arc<Store>> {
         if config.memory.is_none() && config.disks.is_empty() {
             return Err(Error::new(Kind::Invalid, "the cache has no tier; give it a memory quota or a disk directory"));
@@ -390,7 +396,7 @@ impl Tiers {
 
     /// The disk a new key goes to: by weighted rendezvous among the disks in use, so that one disk's failure moves only its own keys.
     fn home(&self, key: &SegmentKey) -> Option<&Arc<Slab>> {
-        let hash = slab::key_hash(key);
+        let hash = slab::key_hash(key) as u64;
         let score = |i: usize| {
             let mixed = (hash ^ (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             let unit = ((mixed >> 11) as f64 + 1.0) / (1u64 << 53) as f64;

@@ -42,13 +42,13 @@ impl Opener {
         }
     }
 
-    /// Opens a disk tier. A disk that fails with an I/O error or is read-only comes back out of use.
+    /// Opens a disk tier. A disk that fails, is full or is read-only comes back out of use.
     pub(super) fn disk(&self, d: &DiskTier, position: u16) -> Result<Arc<Slab>> {
         let name = format!("disk:{}", d.path.display());
         check_quota(&name, d.quota_bytes)?;
         let tier = Tier::Disk(position);
         match self.directory(tier, name.clone(), &d.path, d.quota_bytes, 0) {
-            Err(e) if e.is(Kind::Io) => {
+            Err(e) if e.is(Kind::Io) || e.is(Kind::NoSpace) => {
                 tracing::error!(tier = name, error = %e, "cache disk cannot be opened and is left out; mend it and restart");
                 let nothing = File::open("/dev/null").context("open /dev/null")?;
                 let slab = Slab::new(self.spec(tier, name, d.quota_bytes, 0, nothing, None));

@@ -62,11 +62,11 @@ impl Hasher for KeyHasher {
 }
 
 /// The hash a policy knows a key by.
-pub(super) fn key_hash(key: &SegmentKey) -> u64 {
+pub(super) fn key_hash(key: &SegmentKey) -> u32 {
     use std::hash::Hash;
     let mut h = KeyHasher::default();
     key.hash(&mut h);
-    h.finish()
+    (h.finish() >> 16) as u32
 }
 
 pub(super) type KeyMap = HashMap<SegmentKey, u32, BuildHasherDefault<KeyHasher>>;
@@ -132,6 +132,10 @@ pub(super) struct PutRequest<'a> {
     pub(super) admitted: bool,
 }
 
+fn candidate(key: &SegmentKey, len: u32, trial: bool) -> Candidate {
+    Candidate { hash: key_hash(key), cost: cost(len) as u32, full: false, trial }
+}
+
 impl State {
     fn unlink(&mut self, key: &SegmentKey) -> Option<Arc<Entry>> {
         let slot = self.map.remove(key)?;
@@ -155,7 +159,8 @@ impl State {
         }
     }
 
-    fn link(&mut self, entry: Arc<Entry>) {
+    /// Puts an entry into the table, and into the policy unless it is pinned.
+    fn link(&mut self, entry: Arc<Entry>, trial: bool) {
         let at = entry.slot as usize;
         if at >= self.slots.len() {
             self.slots.resize(at + 1, None);
@@ -164,7 +169,7 @@ impl State {
         if entry.pinned.load(Relaxed) {
             self.pinned += cost(entry.len);
         } else {
-            self.policy.insert(entry.slot, key_hash(&entry.key), cost(entry.len) as u32);
+            self.policy.insert(entry.slot, candidate(&entry.key, entry.len, trial));
         }
         self.slots[at] = Some(entry);
     }
@@ -226,7 +231,7 @@ impl Slab {
             s.used += cost(r.len);
             s.resident += cost(r.len);
             s.generation = s.generation.max(r.generation);
-            s.link(Arc::new(Entry::new(&self.shared, entry)));
+            s.link(Arc::new(Entry::new(&self.shared, entry)), false);
         }
         // From the end, so that low slots are used first and the files stay short.
         s.free = (0..slots).rev().filter(|i| s.slots[*i as usize].is_none()).collect();
@@ -275,6 +280,9 @@ impl Slab {
         self.counters.removed(self.shared.tier, Removal::Capacity, out.len() as u64);
         out.into_iter().for_each(evicted);
         if let Some(existing) = claimed? {
+            if r.pinned {
+                self.pin(&r.key, true);
+            }
             return Ok(existing);
         }
         self.reclaim();
@@ -296,11 +304,11 @@ impl Slab {
             return false;
         }
         let full = s.resident + cost(len) > self.resident_limit(&s);
-        let hash = key_hash(key);
+        let c = Candidate { full, ..candidate(key, len, false) };
         if fetched {
-            s.policy.seen(hash);
+            s.policy.seen(c.hash);
         }
-        s.policy.admit(Candidate { hash, cost: cost(len) as u32, full, trial: false })
+        s.policy.admit(c)
     }
 
     /// Bytes that entries in the table may take.
@@ -321,12 +329,12 @@ impl Slab {
         if s.pinned + bytes > limit {
             return Err(BypassReason::Busy);
         }
-        let candidate = Candidate { hash: key_hash(&r.key), cost: bytes as u32, full, trial: r.trial };
+        let c = Candidate { full, ..candidate(&r.key, r.len, r.trial) };
         if !r.admitted {
-            s.policy.seen(candidate.hash);
-        }
-        if !s.policy.admit(candidate) && !r.pinned && !r.admitted {
-            return Err(BypassReason::NotAdmitted);
+            s.policy.seen(c.hash);
+            if !s.policy.admit(c) && !r.pinned {
+                return Err(BypassReason::NotAdmitted);
+            }
         }
         while s.resident + bytes > limit || s.map.len() >= SLOTS_MAX as usize {
             let (slots, limbo) = (&s.slots, s.limbo);
@@ -334,7 +342,7 @@ impl Slab {
                 let Some(e) = &slots[id as usize] else { return false };
                 Arc::strong_count(e) == 1 || limbo + cost(e.len) <= self.reserve
             };
-            let Some(id) = s.policy.victim(&mut usable) else { return Err(BypassReason::Busy) };
+            let Some(id) = s.policy.victim(c, &mut usable) else { return Err(BypassReason::Busy) };
             let Some(entry) = s.slots[id as usize].take() else { continue };
             s.map.remove(&entry.key);
             s.forget(&entry);
@@ -405,7 +413,7 @@ impl Slab {
             s.resident -= cost(r.len);
             return existing.ok_or(BypassReason::Ejected);
         }
-        s.link(entry.clone());
+        s.link(entry.clone(), r.trial);
         // The room of a full file system comes back slowly, so that one failed write does not shrink the tier for good.
         s.limit = (s.limit + cost(r.len) / 64).min(self.quota);
         Ok(entry)
@@ -485,7 +493,7 @@ impl Slab {
             s.policy.remove(entry.slot);
         } else {
             s.pinned -= cost(entry.len);
-            s.policy.insert(entry.slot, key_hash(key), cost(entry.len) as u32);
+            s.policy.insert(entry.slot, candidate(key, entry.len, false));
         }
         drop(guard);
         // Our reference keeps the slot from being reused while its record is rewritten.
@@ -572,6 +580,18 @@ impl Slab {
 
     pub(super) fn tier(&self) -> Tier {
         self.shared.tier
+    }
+
+    /// Memory taken by the table, the entries and the policy, allocator rounding included.
+    #[cfg(test)]
+    pub(super) fn memory_bytes(&self) -> usize {
+        let s = self.state.lock();
+        // std's table: 8/7 of its capacity in buckets, rounded up to a power of two, one control byte each.
+        let buckets = (s.map.capacity() * 8 / 7).next_power_of_two();
+        let map = buckets * (size_of::<(SegmentKey, u32)>() + 1);
+        let entry = (size_of::<Entry>() + 2 * size_of::<usize>() + size_of::<usize>()).next_multiple_of(16);
+        let lists = s.slots.capacity() * size_of::<Option<Arc<Entry>>>() + s.free.capacity() * size_of::<u32>();
+        map + s.map.len() * entry + lists + s.policy.memory_bytes()
     }
 
     pub(super) fn stats(&self) -> TierStats {

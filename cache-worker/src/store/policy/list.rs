@@ -10,8 +10,8 @@ pub(super) struct Node {
     next: u32,
     /// Bytes.
     pub(super) cost: u32,
-    /// Upper half of the key's hash mixed with the lower: enough to ask a sketch.
-    pub(super) hash: u64,
+    /// Hash of the key.
+    pub(super) hash: u32,
     /// When it was last counted, on the policy's own clock.
     pub(super) stamp: u32,
     /// The list it is in; [`ABSENT`] if none.
@@ -69,7 +69,7 @@ impl<const N: usize> Lists<N> {
     }
 
     /// Puts a new entry at the head of `list`. An entry that is present already is moved and takes the new figures.
-    pub(super) fn add(&mut self, id: u32, list: u8, hash: u64, cost: u32, stamp: u32) {
+    pub(super) fn add(&mut self, id: u32, list: u8, hash: u32, cost: u32, stamp: u32) {
         self.unlink(id);
         let at = id as usize;
         if at >= self.nodes.len() {
@@ -117,6 +117,12 @@ impl<const N: usize> Lists<N> {
             id = self.nodes[id as usize].prev;
         }
         None
+    }
+
+    /// Memory taken.
+    #[cfg(test)]
+    pub(super) fn memory_bytes(&self) -> usize {
+        self.nodes.capacity() * size_of::<Node>()
     }
 
     fn push(&mut self, id: u32, list: u8) {

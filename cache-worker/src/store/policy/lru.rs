@@ -15,8 +15,8 @@ impl EvictionPolicy for Lru {
         true
     }
 
-    fn insert(&mut self, id: u32, hash: u64, cost: u32) {
-        self.list.add(id, 0, hash, cost, 0);
+    fn insert(&mut self, id: u32, c: Candidate) {
+        self.list.add(id, 0, c.hash, c.cost, 0);
     }
 
     fn hit(&mut self, id: u32) -> bool {
@@ -28,11 +28,16 @@ impl EvictionPolicy for Lru {
         self.list.unlink(id);
     }
 
-    fn victim(&mut self, usable: &mut dyn FnMut(u32) -> bool) -> Option<u32> {
+    fn victim(&mut self, _: Candidate, usable: &mut dyn FnMut(u32) -> bool) -> Option<u32> {
         let id = self.list.oldest(0, VICTIM_SCAN_MAX, usable)?;
         self.list.unlink(id);
         Some(id)
     }
 
-    fn seen(&mut self, _: u64) {}
+    fn seen(&mut self, _: u32) {}
+
+    #[cfg(test)]
+    fn memory_bytes(&self) -> usize {
+        self.list.memory_bytes()
+    }
 }
