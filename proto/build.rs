@@ -2,7 +2,7 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=efc");
-    let fds = protox::compile(["efc/control.proto", "efc/data.proto"], ["."])?;
+    let fds = protox::compile(["efc/control.proto", "efc/data.proto", "efc/state.proto"], ["."])?;
     tonic_prost_build::configure().bytes(".").compile_fds(fds)?;
     Ok(())
 }

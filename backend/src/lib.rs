@@ -5,6 +5,20 @@
 //! trait ([`connect`] stacks them, visibly, in one place). One suite ([`suite`]) is run over every implementation against a
 //! real server, its tests chosen by the declared [`Capabilities`].
 
+pub mod connect;
+pub mod count;
+pub mod fault;
+mod file;
+mod limit;
+pub mod names;
+mod nfs;
+pub mod object;
+mod retry;
+#[cfg(any(test, feature = "suite"))]
+pub mod suite;
+
+pub use connect::connect;
+
 use async_trait::async_trait;
 use bytes::Bytes;
 use efc_common::Result;

@@ -1,1 +1,3 @@
-//! efc-master
+//! x
+mod raft;
+mod state;

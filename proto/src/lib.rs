@@ -10,6 +10,11 @@ pub mod control {
 pub mod data {
     include!(concat!(env!("OUT_DIR"), "/efc.data.rs"));
 }
+#[allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
+/// Generated state of a mount process (`efc/state.proto`).
+pub mod state {
+    include!(concat!(env!("OUT_DIR"), "/efc.state.rs"));
+}
 
 pub mod convert;
 pub mod frame;

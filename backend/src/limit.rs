@@ -1,0 +1,108 @@
+//! Limits on what one backend may ask of its origin: requests a second, bytes a second, and how long one answer may take.
+//!
+//! The first two are the source's options `request_rate` and `bandwidth`: who is over them waits. The third is a safety net for every
+//! kind of origin: a call, or the next piece of a stream, that does not come within a little more than the source's `timeout` has
+//! failed. Protocol clients watch `timeout` themselves and say more; the net catches what they miss (a hung file system, a stalled proxy).
+
+use crate::{Backend, ByteStream, Capabilities, DynBackend, FsStats, ListPage};
+use async_trait::async_trait;
+use bytes::Bytes;
+use efc_common::id::SourceId;
+use efc_common::limit::RateLimit;
+use efc_common::node::Node;
+use efc_common::{Error, Kind, Result};
+use futures::{StreamExt, stream};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The decorator.
+pub(crate) struct Limit {
+    inner: DynBackend,
+    requests: RateLimit,
+    bytes: Arc<RateLimit>,
+    patience: Duration,
+}
+
+impl Limit {
+    /// `requests` and `bytes` a second (0: no limit); `timeout` is the source's option.
+    pub(crate) fn new(inner: DynBackend, requests: u64, bytes: u64, timeout: Duration) -> Limit {
+        Limit {
+            inner,
+            requests: RateLimit::new(requests),
+            bytes: Arc::new(RateLimit::new(bytes)),
+            patience: timeout + timeout / 4,
+        }
+    }
+
+    async fn limit<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        self.requests.take(1).await;
+        within(self.patience, call).await
+    }
+}
+
+async fn within<T>(patience: Duration, call: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout(patience, call).await {
+        Ok(answer) => answer,
+        Err(_) => Err(Error::new(Kind::Timeout, format!("the origin sent nothing for {patience:?}"))),
+    }
+}
+
+#[async_trait]
+impl Backend for Limit {
+    fn source_id(&self) -> SourceId {
+        self.inner.source_id()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+
+    async fn root(&self) -> Result<Node> {
+        self.limit(self.inner.root()).await
+    }
+
+    async fn lookup(&self, dir: &Bytes, name: &[u8]) -> Result<Node> {
+        self.limit(self.inner.lookup(dir, name)).await
+    }
+
+    async fn getattr(&self, locator: &Bytes) -> Result<Node> {
+        self.limit(self.inner.getattr(locator)).await
+    }
+
+    async fn list(&self, dir: &Bytes, from: Option<Bytes>) -> Result<ListPage> {
+        self.limit(self.inner.list(dir, from)).await
+    }
+
+    async fn read(&self, locator: &Bytes, version: &Bytes, range: Range<u64>) -> Result<ByteStream> {
+        let pieces = self.limit(self.inner.read(locator, version, range)).await?;
+        let (bytes, patience) = (self.bytes.clone(), self.patience);
+        let limited = stream::unfold(Some(pieces), move |pieces| {
+            let bytes = bytes.clone();
+            async move {
+                let mut pieces = pieces?;
+                let next = within(patience, async { pieces.next().await.transpose() }).await;
+                match next.transpose()? {
+                    Ok(piece) => {
+                        bytes.take(piece.len() as u64).await;
+                        Some((Ok(piece), Some(pieces)))
+                    }
+                    Err(e) => Some((Err(e), None)),
+                }
+            }
+        });
+        Ok(limited.boxed())
+    }
+
+    async fn readlink(&self, locator: &Bytes) -> Result<Bytes> {
+        self.limit(self.inner.readlink(locator)).await
+    }
+
+    async fn xattrs(&self, locator: &Bytes) -> Result<Vec<(Bytes, Bytes)>> {
+        self.limit(self.inner.xattrs(locator)).await
+    }
+
+    async fn statfs(&self) -> Result<FsStats> {
+        self.limit(self.inner.statfs()).await
+    }
+}

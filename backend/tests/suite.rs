@@ -1,0 +1,63 @@
+//! The backend suite over every kind of origin, each plain and behind injected faults. One function per server: a new server adds
+//! one, which starts it, makes a [`Store`] of its back, and calls [`both`].
+
+use efc_backend::connect::connect_counted;
+use efc_backend::suite::{self, DirStore};
+use efc_common::source::{SecretRef, SourceSpec};
+use efc_testkit::{Ganesha, scratch};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+type Options<'a> = &'a [(&'a str, &'a str)];
+
+/// Five of a hundred calls fail, and as many streams end short or break.
+const FAULTS: &str = "error=0.05,short=0.05,reset=0.05,seed=20";
+
+fn source(url: &str, options: Options, more: Options) -> SourceSpec {
+    let options: BTreeMap<String, String> =
+        options.iter().chain(more).map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    SourceSpec::parse(url, options, SecretRef::Anonymous).expect("a source")
+}
+
+/// The suite over the source at `url`, plain or behind faults.
+async fn run(url: &str, options: Options<'_>, store: &dyn suite::Store, faults: bool) {
+    let more: Options = if faults { &[("fault", FAULTS)] } else { &[] };
+    let origin = connect_counted(&source(url, options, more), None).await.expect("connect");
+    suite::run(origin.backend, store).await;
+    let stats = origin.counters.stats();
+    assert_eq!(faults, stats.retries > 20, "{stats:?}");
+    assert!(stats.bytes > 100 << 20, "{stats:?}");
+}
+
+async fn file(faults: bool) {
+    let dir = scratch("suite-file").expect("scratch");
+    run(&format!("file://{}", dir.path().display()), &[], &DirStore(dir.path().into()), faults).await;
+}
+
+async fn nfs(dir: &Path, faults: bool) {
+    let server = Ganesha::start(dir).expect("ganesha");
+    let port = server.mount_port().to_string();
+    run(&server.url(), &[("mount_port", &port)], &DirStore(dir.into()), faults).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn file_plain() {
+    file(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn file_with_faults() {
+    file(true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nfs_plain() {
+    let dir = scratch("suite-nfs").expect("scratch");
+    nfs(dir.path(), false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nfs_with_faults() {
+    let dir = scratch("suite-nfs").expect("scratch");
+    nfs(dir.path(), true).await;
+}

@@ -1,0 +1,50 @@
+//! The one table from error kinds to errno. What an application sees is decided here and nowhere else.
+
+use efc_common::Kind;
+
+/// The errno of an error kind.
+pub fn errno(kind: Kind) -> i32 {
+    match kind {
+        Kind::NotFound => libc::ENOENT,
+        Kind::AlreadyExists => libc::EEXIST,
+        Kind::NotADirectory => libc::ENOTDIR,
+        Kind::IsADirectory => libc::EISDIR,
+        // The origin refuses the *mount's* credentials: for the application it is a permission problem.
+        Kind::PermissionDenied => libc::EACCES,
+        Kind::Stale => libc::ESTALE,
+        Kind::Invalid => libc::EINVAL,
+        Kind::Unsupported => libc::EOPNOTSUPP,
+        // Waited for long enough: applications understand EIO, few understand ETIMEDOUT from read(2).
+        Kind::Timeout | Kind::Unavailable | Kind::Exhausted | Kind::NotLeader | Kind::Corrupt | Kind::Io => libc::EIO,
+        Kind::Cancelled => libc::EINTR,
+        Kind::NoSpace => libc::ENOSPC,
+        Kind::NoData => libc::ENODATA,
+        Kind::NameTooLong => libc::ENAMETOOLONG,
+        Kind::Busy => libc::EBUSY,
+        // `Kind` is non-exhaustive for other crates; a kind without a line here is an I/O error.
+        _ => libc::EIO,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_turns_into_success_or_into_a_lie_about_existence() {
+        let kinds = [
+            Kind::PermissionDenied,
+            Kind::Stale,
+            Kind::Timeout,
+            Kind::Unavailable,
+            Kind::Exhausted,
+            Kind::Corrupt,
+            Kind::Io,
+            Kind::Cancelled,
+        ];
+        for k in kinds {
+            assert!(errno(k) > 0 && errno(k) != libc::ENOENT, "{k:?}");
+        }
+        assert_eq!((errno(Kind::NotFound), errno(Kind::Stale)), (libc::ENOENT, libc::ESTALE));
+    }
+}

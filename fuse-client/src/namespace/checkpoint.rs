@@ -1,0 +1,130 @@
+//! The namespace as bytes, for a successor process: node ids must mean the same to it, because the kernel goes on using them.
+//! Layout: `proto/efc/state.proto`.
+
+use super::{Inode, Namespace, ROOT_ID};
+use bytes::Bytes;
+use efc_common::{Error, Kind, Result};
+use efc_proto::{convert, state};
+use prost::Message as _;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+const FORMAT: u32 = 1;
+
+impl Namespace {
+    /// Everything the kernel may still name. The caller has stopped answering requests.
+    pub fn save(&self) -> Vec<u8> {
+        let inodes = self
+            .all()
+            .iter()
+            .map(|i| state::Inode {
+                id: i.id,
+                parent: i.parent.as_ref().map_or(0, |p| p.id),
+                name: i.name.clone(),
+                node: Some(convert::node_to_wire(&efc_common::node::Node {
+                    locator: i.locator.clone(),
+                    version: i.version.clone(),
+                    attr: i.attr(),
+                })),
+                lookups: i.lookups.load(Ordering::Acquire),
+                stale: i.stale.load(Ordering::Acquire),
+            })
+            .collect();
+        let next_id = self.next_id.load(Ordering::Relaxed);
+        state::Checkpoint { format: FORMAT, next_id, inodes }.encode_to_vec()
+    }
+
+    /// The namespace of a predecessor.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] for bytes that are not a checkpoint of this format, for ids used twice and for children without their parent.
+    pub fn restore(saved: &[u8]) -> Result<Self> {
+        let bad = |what: &'static str| Error::new(Kind::Corrupt, format!("checkpoint of the predecessor: {what}"));
+        let c = state::Checkpoint::decode(saved).map_err(|e| bad("does not decode").caused_by(e))?;
+        if c.format != FORMAT {
+            return Err(bad("unknown format").with("format", c.format));
+        }
+        let mut known: HashMap<u64, Arc<Inode>> = HashMap::with_capacity(c.inodes.len());
+        let mut children: HashMap<u64, HashMap<Bytes, u64>> = HashMap::new();
+        // A directory's id is older, hence lower, than those of what was found in it; `save` writes them in order.
+        for saved in c.inodes {
+            let node = convert::node_from_wire(saved.node.ok_or_else(|| bad("node without content"))?)?;
+            let parent = match (saved.id, saved.parent) {
+                (ROOT_ID, 0) => None,
+                (_, p) => Some(known.get(&p).cloned().ok_or_else(|| bad("child before its parent"))?),
+            };
+            if parent.as_ref().is_some_and(|p| p.dir.is_none()) || saved.id >= c.next_id || saved.id == 0 {
+                return Err(bad("impossible node"));
+            }
+            let inode = Inode::new(saved.id, parent, saved.name.clone(), node, saved.lookups);
+            inode.stale.store(saved.stale, Ordering::Release);
+            if known.insert(saved.id, Arc::new(inode)).is_some() {
+                return Err(bad("node id used twice"));
+            }
+            // Of several versions of one name the newest, with the highest id, is the one to be found again.
+            children.entry(saved.parent).or_default().insert(saved.name, saved.id);
+        }
+        let root = known.remove(&ROOT_ID).ok_or_else(|| bad("no root"))?;
+        let ns = Namespace::empty(c.next_id);
+        for inode in known.into_values().chain([root]) {
+            if let (Some(dir), Some(from)) = (&inode.dir, children.remove(&inode.id)) {
+                *dir.children.lock() = from;
+            }
+            ns.insert(inode);
+        }
+        Ok(ns)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{dir, file};
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_successor_finds_the_same_nodes_under_the_same_ids() {
+        let ns = Namespace::new(dir("p/"));
+        let name = |n: &'static str| Bytes::from_static(n.as_bytes());
+        let d = ns.intern(&ns.root(), &name("d"), &dir("p/d/"));
+        let old = ns.intern(&d, &name("f"), &file("p/d/f", "1"));
+        let new = ns.intern(&d, &name("f"), &file("p/d/f", "2"));
+        let back = Namespace::restore(&ns.save()).expect("restore");
+        assert_eq!(back.len(), ns.len());
+        for i in [&d, &old, &new] {
+            let j = back.get(i.id).expect("known");
+            assert_eq!((j.path(), &j.locator, &j.version), (i.path(), &i.locator, &i.version));
+        }
+        let d2 = back.get(d.id).expect("dir");
+        assert_eq!(back.intern(&d2, &name("f"), &file("p/d/f", "2")).id, new.id);
+        assert!(back.intern(&d2, &name("g"), &file("p/d/g", "1")).id > new.id);
+        back.forget(old.id, 1);
+        assert!(back.get(old.id).is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_is_refused_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Namespace::restore(&bytes);
+        }
+    }
+
+    #[test]
+    fn broken_checkpoints_are_refused() {
+        let ns = Namespace::new(dir(""));
+        ns.intern(&ns.root(), &Bytes::from_static(b"f"), &file("f", "1"));
+        let good = state::Checkpoint::decode(ns.save().as_slice()).expect("own bytes");
+        let refuse = |change: &dyn Fn(&mut state::Checkpoint)| {
+            let mut c = good.clone();
+            change(&mut c);
+            assert!(Namespace::restore(&c.encode_to_vec()).is_err_and(|e| e.is(Kind::Corrupt)));
+        };
+        refuse(&|c| c.format = 9);
+        refuse(&|c| c.inodes.reverse());
+        refuse(&|c| c.inodes.push(c.inodes[1].clone()));
+        refuse(&|c| c.inodes.clear());
+        refuse(&|c| c.next_id = 2);
+        refuse(&|c| c.inodes[1].node = None);
+    }
+}
