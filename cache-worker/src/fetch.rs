@@ -1,0 +1,179 @@
+//! From the origin into segments: one range request per flight, cut, summed and stored as it streams.
+//!
+//! The bytes are kept as the backend's own buffers: waiters are served from them, the store gathers them with one vectored write,
+//! and no copy is made in between. A fetch holds its bytes from the process's budget before it asks the origin, so memory is bounded
+//! however many clients miss at once.
+
+use crate::flight::{Filled, FileVersion, Flight, Flights, Landing, Piece};
+use crate::store::{InsertOptions, Inserted, Store};
+use bytes::Bytes;
+use efc_common::block::segment_len;
+use efc_common::checksum::Summer;
+use efc_common::limit::{ByteBudget, Hold};
+use efc_common::task::TaskGroup;
+use efc_common::{Error, Kind, Result};
+use futures::StreamExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+/// Segments of one fetch that are being stored while the next ones stream in.
+const INSERTS_MAX: usize = 4;
+
+/// Fetches segments.
+pub(crate) struct Fetcher {
+    flights: Arc<Flights>,
+    store: Arc<Store>,
+    budget: ByteBudget,
+    gate: Semaphore,
+    deadline: Duration,
+    tasks: TaskGroup,
+    /// Range requests made.
+    pub(crate) requests: AtomicU64,
+    /// Bytes received.
+    pub(crate) bytes: AtomicU64,
+}
+
+impl Fetcher {
+    /// At most `concurrency` range requests at once; each ends within `deadline` of its start.
+    pub(crate) fn new(
+        store: Arc<Store>,
+        budget: ByteBudget,
+        concurrency: usize,
+        deadline: Duration,
+        tasks: TaskGroup,
+    ) -> Arc<Self> {
+        Arc::new(Fetcher {
+            flights: Arc::new(Flights::new(store.clone())),
+            store,
+            budget,
+            gate: Semaphore::new(concurrency.max(1)),
+            deadline,
+            tasks,
+            requests: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn flights(&self) -> &Arc<Flights> {
+        &self.flights
+    }
+
+    /// Completes `pieces`, the segments of `file` from `first` on: each is then stored or flying.
+    pub(crate) fn complete(self: &Arc<Self>, file: &Arc<FileVersion>, first: u32, pieces: &mut [Option<Piece>]) {
+        for (flight, landing) in self.flights.join(file, first, pieces) {
+            let me = self.clone();
+            self.tasks.spawn(async move { me.run(flight, landing).await });
+        }
+    }
+
+    async fn run(&self, flight: Arc<Flight>, landing: Landing) {
+        let range = flight.range();
+        let Ok(_turn) = self.gate.acquire().await else { return };
+        let hold = Arc::new(self.budget.hold(range.end - range.start).await);
+        let outcome = match timeout(self.deadline, self.stream(&flight, hold)).await {
+            Ok(r) => r,
+            Err(_) => Err(Error::new(Kind::Timeout, "the origin did not deliver in time")),
+        };
+        if let Err(e) = &outcome {
+            tracing::debug!(error = %e, source = %flight.file.source.id, "fetch failed");
+        }
+        landing.end(outcome.err());
+    }
+
+    async fn stream(&self, flight: &Arc<Flight>, hold: Arc<Hold>) -> Result<()> {
+        let file = &flight.file;
+        self.requests.fetch_add(1, Relaxed);
+        let mut bytes = file.source.backend.read(&file.locator, &file.version, flight.range()).await?;
+        let mut cutter = Cutter::default();
+        let mut index = flight.segments.start;
+        let mut inserts = JoinSet::new();
+        while let Some(piece) = bytes.next().await {
+            let mut piece = piece?;
+            self.bytes.fetch_add(piece.len() as u64, Relaxed);
+            while !piece.is_empty() {
+                if index == flight.segments.end {
+                    return Err(Error::new(Kind::Io, "the origin sent more than it was asked for"));
+                }
+                let Some((pieces, sums)) = cutter.take(&mut piece, segment_len(file.size, index) as usize) else { break };
+                flight.put(index, Filled::Fresh { pieces: pieces.clone(), sums: sums.clone(), hold: hold.clone() });
+                if inserts.len() >= INSERTS_MAX {
+                    inserts.join_next().await;
+                }
+                let (store, flight) = (self.store.clone(), flight.clone());
+                inserts.spawn_blocking(move || insert(&store, &flight, index, &pieces, &sums));
+                index += 1;
+            }
+        }
+        while inserts.join_next().await.is_some() {}
+        if index < flight.segments.end {
+            return Err(Error::new(Kind::Unavailable, "the origin ended the file early").with("segment", index));
+        }
+        Ok(())
+    }
+}
+
+fn insert(store: &Store, flight: &Flight, index: u32, pieces: &[Bytes], sums: &[u32]) {
+    match store.insert(flight.file.key(index), pieces, sums, InsertOptions::default()) {
+        Inserted::Stored(segment) => flight.replace(index, Filled::Stored(segment)),
+        // Counted by the store; the waiters have the bytes.
+        Inserted::Bypassed(_) => {}
+    }
+}
+
+/// Cuts a stream of pieces into segments and sums their granules.
+#[derive(Default)]
+struct Cutter {
+    pieces: Vec<Bytes>,
+    have: usize,
+    sums: Summer,
+}
+
+impl Cutter {
+    /// Takes from `piece` what the segment of `len` bytes still needs; the segment when it is whole.
+    fn take(&mut self, piece: &mut Bytes, len: usize) -> Option<(Arc<[Bytes]>, Arc<[u32]>)> {
+        let part = piece.split_to(piece.len().min(len - self.have));
+        self.sums.update(&part);
+        self.have += part.len();
+        self.pieces.push(part);
+        if self.have < len {
+            return None;
+        }
+        self.have = 0;
+        Some((std::mem::take(&mut self.pieces).into(), self.sums.finish().into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use efc_common::checksum::granule_sums;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn segments_come_out_whole_whatever_the_pieces(cuts in proptest::collection::vec(1usize..90_000, 1..40)) {
+            let total: usize = cuts.iter().sum();
+            let data = Bytes::from((0..total).map(|i| (i * 31 >> 3) as u8).collect::<Vec<_>>());
+            let size = total as u64;
+            let mut cutter = Cutter::default();
+            let (mut at, mut index, mut got) = (0, 0, Vec::new());
+            for n in cuts {
+                let mut piece = data.slice(at..at + n);
+                at += n;
+                while !piece.is_empty() {
+                    let Some((pieces, sums)) = cutter.take(&mut piece, segment_len(size, index) as usize) else { break };
+                    let whole = pieces.concat();
+                    prop_assert_eq!(whole.len(), segment_len(size, index) as usize);
+                    prop_assert_eq!(sums.as_ref(), granule_sums(&whole).as_slice());
+                    got.extend(whole);
+                    index += 1;
+                }
+            }
+            prop_assert_eq!(got, data.to_vec());
+        }
+    }
+}
