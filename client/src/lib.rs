@@ -1,1 +1,4 @@
-//! efc-client
+//! What every process needs of a cluster: the masters and the worker ring.
+
+pub mod master;
+pub mod ring;
