@@ -1,6 +1,6 @@
-//! What every process needs of a cluster: the workers as one cache ([`peers`]) over the data plane ([`wire`]), and the ring
-//! that says who owns what ([`ring`]).
+//! What every process needs of a cluster: the masters, the ring they publish, and the workers behind it.
 
+pub mod master;
 pub mod peers;
 pub mod ring;
 pub mod wire;

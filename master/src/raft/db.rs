@@ -5,7 +5,9 @@
 
 use crate::state::{decode, encode};
 use efc_common::{Error, Kind, Result};
-use rocksdb::{ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, LogLevel, Options, WriteBatch, WriteOptions};
+use rocksdb::{
+    ColumnFamily, ColumnFamilyDescriptor, DB, DBCompressionType, LogLevel, Options, WriteBatch, WriteOptions,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -76,7 +78,10 @@ impl Db {
         if identity.node != node {
             return Err(Error::new(
                 Kind::Invalid,
-                format!("the data directory belongs to node {}; give --node-id {0} or another --data-dir", identity.node),
+                format!(
+                    "the data directory belongs to node {}; give --node-id {0} or another --data-dir",
+                    identity.node
+                ),
             )
             .with("data-dir", dir.display()));
         }

@@ -92,7 +92,8 @@ impl Node {
             Some(_) if id == self.identity.node => {
                 return Err(Error::new(Kind::Invalid, format!("node {id} leads here and cannot be at `{addr}` too")));
             }
-            Some((_, voter)) => {
+            Some((old, voter)) => {
+                self.replaceable(id, &old).await?;
                 tracing::warn!(node = id, addr, "a master came back without its data; it is added anew");
                 self.expel(id, voter).await?;
                 self.change(ChangeMembers::AddNodes(BTreeMap::from([(id, peer)]))).await?;
@@ -127,18 +128,30 @@ impl Node {
         if !who.cluster.is_empty() && who.cluster != cluster {
             return Err(Error::new(
                 Kind::Invalid,
-                format!("node {id} has data of cluster {}; empty its data directory to add it to {cluster}", who.cluster),
+                format!(
+                    "node {id} has data of cluster {}; empty its data directory to add it to {cluster}",
+                    who.cluster
+                ),
             ));
         }
         Ok(who.store)
     }
 
+    /// A second node with an id that a living master has must not push that one out.
+    async fn replaceable(&self, id: u64, old: &Peer) -> Result<()> {
+        match self.hello(&old.addr, HELLO_DEADLINE).await {
+            Ok(h) if h.node == id && h.store == old.store => Err(Error::new(
+                Kind::Invalid,
+                format!("node id {id} is in use by the master at `{}`; give the new one another --node-id", old.addr),
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// Waits until the learner has the log up to where it ends now.
     async fn caught_up(&self, id: u64) -> Result<()> {
         let goal = self.view().last_log;
-        let view = self
-            .wait(|v| !v.leads || v.masters.iter().any(|m| m.node == id && m.matched >= goal))
-            .await?;
+        let view = self.wait(|v| !v.leads || v.masters.iter().any(|m| m.node == id && m.matched >= goal)).await?;
         if view.leads { Ok(()) } else { Err(self.not_leader()) }
     }
 

@@ -176,6 +176,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
         let bytes = snapshot.into_inner();
         let state = State::decode(&bytes).map_err(read_failed)?;
         self.store_snapshot(meta, &bytes).await.map_err(write_failed)?;
+        tracing::info!(upto = meta.last_log_id.map_or(0, |l| l.index), "took over a snapshot from the leader");
         let epoch = state.epoch().0;
         *self.shared.applied.write() =
             Applied { state, last: meta.last_log_id, membership: meta.last_membership.clone() };

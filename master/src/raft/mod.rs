@@ -14,4 +14,4 @@ mod node;
 mod types;
 
 pub(crate) use door::RaftDoor;
-pub(crate) use node::{Node, Tuning, View};
+pub(crate) use node::{Node, Tuning};

@@ -111,6 +111,13 @@ impl Node {
         m.membership_config.membership().nodes().next().is_some() || m.last_log_index.is_some()
     }
 
+    /// The address under which the membership records this node; `None` if it is no member.
+    pub(crate) fn recorded_addr(&self) -> Option<String> {
+        let m = self.raft.metrics();
+        let m = m.borrow();
+        m.membership_config.membership().get_node(&self.identity.node).map(|p| p.addr.clone())
+    }
+
     /// The group as it is seen now.
     pub(crate) fn view(&self) -> View {
         self.view_of(&self.raft.metrics().borrow())

@@ -164,7 +164,10 @@ impl State {
     fn delete_dataset(&mut self, name: &str) -> Outcome {
         let users = self.sessions.values().filter(|s| s.dataset == name).count();
         if users > 0 {
-            return Outcome::refused(Why::Busy, format!("dataset `{name}` is mounted by {users} clients; unmount them"));
+            return Outcome::refused(
+                Why::Busy,
+                format!("dataset `{name}` is mounted by {users} clients; unmount them"),
+            );
         }
         match self.datasets.remove(name) {
             Some(d) => Outcome::Dataset(d),

@@ -53,9 +53,7 @@ pub(crate) fn check_name(name: &str) -> Result<()> {
 
 fn check_consistency(text: &str) -> Result<()> {
     let good = text == "immutable"
-        || text
-            .strip_prefix("ttl=")
-            .is_some_and(|n| n.parse::<u64>().is_ok() && n.bytes().all(|b| b.is_ascii_digit()));
+        || text.strip_prefix("ttl=").is_some_and(|n| n.parse::<u64>().is_ok() && n.bytes().all(|b| b.is_ascii_digit()));
     match good {
         true => Ok(()),
         false => Err(invalid(format!("consistency `{text}` is unknown; use ttl=SECONDS or immutable"))),
@@ -83,7 +81,8 @@ fn check_source(json: &str) -> Result<()> {
         .map_err(|e| invalid("source_json is not a source description in JSON".into()).caused_by(e))?;
     if spec.secret == SecretRef::Keys {
         return Err(invalid(
-            "a dataset cannot hold literal keys; name where they are: env, dir:/path, process:/command, role or oidc".into(),
+            "a dataset cannot hold literal keys; name where they are: env, dir:/path, process:/command, role or oidc"
+                .into(),
         ));
     }
     // The parts must be what parsing the URL would give: one spelling of one source.
@@ -129,7 +128,11 @@ mod tests {
     #[test]
     fn good_ones_pass() {
         for url in ["s3://b/x/y", "s3://b", "oss://b/p", "nfs://nas/export", "nfs://[::1]:12049/e", "file:///data"] {
-            let d = dataset("a-1", "ttl=30", &[("/", source(url, SecretRef::Env)), ("/sub/x", source(url, SecretRef::Env))]);
+            let d = dataset(
+                "a-1",
+                "ttl=30",
+                &[("/", source(url, SecretRef::Env)), ("/sub/x", source(url, SecretRef::Env))],
+            );
             check(&d).unwrap_or_else(|e| panic!("{url}: {e}"));
         }
     }
@@ -138,7 +141,10 @@ mod tests {
     fn bad_ones_name_the_field() {
         let s = || source("s3://b", SecretRef::Anonymous);
         for name in ["", "-a", "a-", "A", "a_b", "a.b", &"x".repeat(64)] {
-            assert!(check(&dataset(name, "immutable", &[("/", s())])).is_err_and(|e| e.message().contains("name")), "{name}");
+            assert!(
+                check(&dataset(name, "immutable", &[("/", s())])).is_err_and(|e| e.message().contains("name")),
+                "{name}"
+            );
         }
         for c in ["", "strict", "ttl=", "ttl=-1", "ttl=+1", "ttl=1s"] {
             assert!(check(&dataset("a", c, &[("/", s())])).is_err_and(|e| e.message().contains("consistency")), "{c}");
@@ -147,7 +153,9 @@ mod tests {
             assert!(check(&dataset("a", "immutable", &[(p, s())])).is_err_and(|e| e.message().contains("path")), "{p}");
         }
         assert!(check(&dataset("a", "immutable", &[])).is_err());
-        assert!(check(&dataset("a", "immutable", &[("/", s()), ("/", s())])).is_err_and(|e| e.message().contains("two")));
+        assert!(
+            check(&dataset("a", "immutable", &[("/", s()), ("/", s())])).is_err_and(|e| e.message().contains("two"))
+        );
         let keys = source("s3://b", SecretRef::Keys);
         assert!(check(&dataset("a", "immutable", &[("/", keys)])).is_err_and(|e| e.message().contains("literal keys")));
         assert!(check(&dataset("a", "immutable", &[("/", "{}".into())])).is_err());

@@ -34,8 +34,11 @@ fn command() -> impl Strategy<Value = Command> {
     prop_oneof![
         any::<bool>().prop_map(|b| Command::Found { cluster: if b { "c1" } else { "c2" }.into() }),
         (0u8..4, 1u64..3).prop_map(|(n, c)| Command::RegisterWorker(registration(n, c))),
-        (id.clone(), inc.clone(), any::<bool>())
-            .prop_map(|(id, incarnation, draining)| Command::DrainWorker { id, incarnation, draining }),
+        (id.clone(), inc.clone(), any::<bool>()).prop_map(|(id, incarnation, draining)| Command::DrainWorker {
+            id,
+            incarnation,
+            draining
+        }),
         (id.clone(), inc.clone()).prop_map(|(id, incarnation)| Command::LeaveWorker { id, incarnation }),
         (id.clone(), inc.clone()).prop_map(|(id, incarnation)| Command::ExpireWorker { id, incarnation }),
         id.prop_map(|id| Command::ForgetWorker { id }),
