@@ -3,7 +3,7 @@
 //! Every name the processes export stands here with its unit, labels and meaning; `docs/OPERATIONS.md` prints the same table and
 //! a test compares the two.
 
-pub use metrics::{counter, gauge, histogram};
+pub use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::{Error, Kind, Result};
