@@ -1,7 +1,7 @@
 //! One FUSE connection as this process holds it: the fd, the phase it is in, and how many requests are taken and not yet answered.
 //!
-//! Phases only go forward: *serving* → *draining* (taken requests are still answered, new ones are left in peace) → *closed* (nothing is
-//! written any more; a successor has the mount, or nobody has). A request that is neither answered nor refused stays in the kernel's
+//! Phases: *serving* → *draining* (taken requests are still answered, new ones are left in peace) → *closed* (nothing is written any more; a
+//! successor has the mount, or nobody has); back to serving only when a hand-over came to nothing. A request that is neither answered nor refused stays in the kernel's
 //! processing list, which is exactly what RESEND hands to the next process.
 
 use std::io::{self, IoSlice};
@@ -63,6 +63,11 @@ impl Conn {
         self.phase.fetch_max(CLOSED, SeqCst);
     }
 
+    /// A hand-over came to nothing.
+    pub(super) fn serve_again(&self) {
+        self.phase.store(SERVING, SeqCst);
+    }
+
     pub(super) fn in_flight(&self) -> u64 {
         self.in_flight.load(SeqCst)
     }
@@ -109,8 +114,11 @@ impl Conn {
     /// Sends a notification: `code` is a `fuse_notify_code`.
     ///
     /// # Errors
-    /// Those of writev(2); ENOENT when the kernel does not know the node.
+    /// Those of writev(2); ENOENT when the kernel does not know the node; ENOTCONN once closed.
     pub(super) fn notify(&self, code: i32, payload: &[IoSlice<'_>]) -> io::Result<()> {
+        if self.phase.load(SeqCst) == CLOSED {
+            return Err(io::Error::from_raw_os_error(libc::ENOTCONN));
+        }
         self.write_message(code, 0, payload)
     }
 

@@ -6,13 +6,28 @@
 //! separate name and attribute lifetimes in READDIRPLUS, times before 1970, and above all *not answering*: at a hand-over a request that
 //! was taken and not answered is what the kernel resends to the successor.
 
+mod adapter;
+mod adopt;
 mod conn;
 mod encode;
+mod features;
+pub mod handover;
+mod init;
 mod metrics;
+mod mount;
+mod notify;
+mod readers;
 mod reply;
+mod session;
 pub mod types;
 
+pub use adopt::adopt;
+pub use features::KernelFeatures;
+pub use init::{INIT_RECORD_FORMAT, InitRecord};
+pub use mount::{Mount, MountConfig, Unmounted, abort_connection, serve};
+pub use notify::{Notification, Notifier, Told};
 pub use reply::{DirReply, ReadReply, Reply, XattrReply};
+pub use session::{Drained, Ended, Session, SessionConfig};
 pub use types::*;
 
 use bytes::Bytes;
