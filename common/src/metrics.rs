@@ -3,8 +3,9 @@
 //! Every name the processes export stands here with its unit, labels and meaning; `docs/OPERATIONS.md` prints the same table and
 //! a test compares the two.
 
-pub use metrics::{Counter, counter, gauge, histogram};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+pub use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+pub use metrics_exporter_prometheus::PrometheusHandle;
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder};
 
 use crate::{Error, Kind, Result};
 

@@ -160,8 +160,8 @@ pub async fn ask(mountpoint: &Path, request: &Request, mut each: impl FnMut(serd
     stream.write_all(line.as_bytes()).await?;
     let mut lines = BufReader::new(stream).lines();
     while let Some(line) = lines.next_line().await? {
-        let value: serde_json::Value =
-            serde_json::from_str(&line).map_err(|e| Error::new(Kind::Corrupt, "answer of the mount process").caused_by(e))?;
+        let value: serde_json::Value = serde_json::from_str(&line)
+            .map_err(|e| Error::new(Kind::Corrupt, "answer of the mount process").caused_by(e))?;
         if let Some(text) = value.get("error").and_then(|e| e.as_str()) {
             return Err(Error::new(Kind::Io, text));
         }

@@ -67,8 +67,11 @@ impl Embedded {
         let lock = lock(dir)?;
         let tasks = TaskGroup::new();
         let arg = |p: &Path| p.to_string_lossy().into_owned();
-        let log = |name: &str| vec!["--log-level".into(), config.log_level.clone(), "--log-file".into(), arg(&dir.join(name))];
-        let mut master_args: Vec<String> = vec!["--node-id".into(), "1".into(), "--listen".into(), "127.0.0.1:0".into()];
+        let log = |name: &str| {
+            vec!["--log-level".into(), config.log_level.clone(), "--log-file".into(), arg(&dir.join(name))]
+        };
+        let mut master_args: Vec<String> =
+            vec!["--node-id".into(), "1".into(), "--listen".into(), "127.0.0.1:0".into()];
         master_args.extend(["--http".into(), "127.0.0.1:0".into(), "--data-dir".into(), arg(&dir.join("master"))]);
         master_args.extend(log("master.log"));
         let (child, ready) = spawn("efc-master", &master_args, &dir.join("master.log")).await?;
@@ -78,7 +81,8 @@ impl Embedded {
         master_args[3] = ready.grpc.clone();
         supervise(&tasks, "efc-master", child, master_args, dir.join("master.log"));
 
-        let mut worker_args: Vec<String> = vec!["--id".into(), "embedded".into(), "--master".into(), ready.grpc.clone()];
+        let mut worker_args: Vec<String> =
+            vec!["--id".into(), "embedded".into(), "--master".into(), ready.grpc.clone()];
         worker_args.extend(["--listen".into(), "127.0.0.1:0".into(), "--http".into(), "127.0.0.1:0".into()]);
         worker_args.extend(["--unix".into(), arg(&dir.join("worker.sock"))]);
         worker_args.extend(["--memory".into(), config.cache_memory_bytes.to_string()]);
@@ -104,7 +108,10 @@ fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
     let file = File::create(&path).map_err(|e| Error::from(e).with("data_dir", dir.display()))?;
     rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        Error::new(Kind::Busy, format!("data directory {} is in use by another mount; give `-o data_dir=`", dir.display()))
+        Error::new(
+            Kind::Busy,
+            format!("data directory {} is in use by another mount; give `-o data_dir=`", dir.display()),
+        )
     })?;
     Ok(file)
 }
@@ -142,7 +149,10 @@ async fn spawn(name: &str, args: &[String], log: &Path) -> Result<(Child, String
             let status = child.wait().await.map(|s| s.to_string()).unwrap_or_default();
             Err(Error::new(Kind::Unavailable, format!("{name} ended before it served ({status}): {}", last_words(log))))
         }
-        Err(_) => Err(Error::new(Kind::Timeout, format!("{name} did not serve within {}s, see {}", READY_DEADLINE.as_secs(), log.display()))),
+        Err(_) => Err(Error::new(
+            Kind::Timeout,
+            format!("{name} did not serve within {}s, see {}", READY_DEADLINE.as_secs(), log.display()),
+        )),
     }
 }
 

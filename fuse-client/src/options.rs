@@ -26,7 +26,11 @@ const fn o(name: &'static str, value: &'static str, help: &'static str) -> Mount
 /// Every mount option that is not a source option (those stand in [`source::OPTIONS`]).
 pub const OPTIONS: &[MountOption] = &[
     o("ro", "", "read-only (the only mode so far; writing is answered EROFS)"),
-    o("consistency", "ttl=SECONDS|immutable", "how long names and attributes may be believed (default ttl=60); immutable: for good"),
+    o(
+        "consistency",
+        "ttl=SECONDS|immutable",
+        "how long names and attributes may be believed (default ttl=60); immutable: for good",
+    ),
     o("allow_other", "", "let other users in (default when root mounts)"),
     o("default_permissions", "", "let the kernel check modes and owners (default)"),
     o("no_default_permissions", "", "do not check modes and owners"),
@@ -189,7 +193,21 @@ impl MountOptions {
             return Ok(());
         }
         // Generic mount(8) words that a read-only FUSE mount fulfils anyway.
-        if ["rw", "noatime", "nodiratime", "relatime", "nosuid", "nodev", "_netdev", "nofail", "defaults", "auto", "noauto", "user"].contains(&name)
+        if [
+            "rw",
+            "noatime",
+            "nodiratime",
+            "relatime",
+            "nosuid",
+            "nodev",
+            "_netdev",
+            "nofail",
+            "defaults",
+            "auto",
+            "noauto",
+            "user",
+        ]
+        .contains(&name)
         {
             return match name {
                 "rw" => Err(invalid(name, "is not offered yet: EFC mounts are read-only; write ro")),
@@ -326,7 +344,9 @@ mod tests {
 
     #[test]
     fn values_reach_their_fields() {
-        let m = parse("ro,consistency=ttl=5,uid=3,umask=027,master=a:1;b:2,readahead=8MiB,endpoint=http://h:1,region=x").expect("valid");
+        let m =
+            parse("ro,consistency=ttl=5,uid=3,umask=027,master=a:1;b:2,readahead=8MiB,endpoint=http://h:1,region=x")
+                .expect("valid");
         assert_eq!(m.consistency, Consistency::Ttl(Duration::from_secs(5)));
         assert_eq!((m.ownership.uid, m.ownership.umask, m.readahead_bytes), (Some(3), 0o027, 8 << 20));
         assert_eq!(m.masters, ["a:1", "b:2"]);

@@ -56,7 +56,8 @@ mod tests {
 
     #[test]
     fn finds_by_name_and_ages() {
-        let entry = |n: &'static str| Entry { name: Bytes::from_static(n.as_bytes()), node: super::super::tests::file(n, "1") };
+        let entry =
+            |n: &'static str| Entry { name: Bytes::from_static(n.as_bytes()), node: super::super::tests::file(n, "1") };
         let l = Listing::new(vec![entry("b"), entry("a"), entry("c-d")], 1, Instant::now() + Duration::from_secs(60));
         assert!(l.find(b"a").is_some() && l.find(b"c-d").is_some() && l.find(b"c").is_none());
         assert_eq!(l.entries()[0].name.as_ref(), b"a");
