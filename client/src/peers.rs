@@ -79,9 +79,14 @@ impl Default for PeersOptions {
             hedge_after: Duration::from_secs(2),
             connect: Duration::from_secs(1),
             connections_per_worker: 2,
-            host: String::new(),
+            host: host_name(),
         }
     }
+}
+
+/// Name of this host, as workers and clients compare it to find that they are neighbours. Empty if the system does not say.
+pub fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map(|s| s.trim().to_string()).unwrap_or_default()
 }
 
 /// How to read.
@@ -130,6 +135,52 @@ pub struct SharedListing {
     pub entries: Vec<Entry>,
     /// Names at the origin that cannot be shown, with the reason.
     pub hidden: Vec<(Bytes, String)>,
+}
+
+/// Makes something of a worker's answer, given its first frame. A trait and not a closure, because the compiler cannot see that
+/// the future of an async closure over borrowed arguments is `Send`.
+trait Take<T>: Sync {
+    fn take(
+        &self,
+        conn: &Arc<Connection>,
+        first: Frame,
+        answers: &mut Answers,
+    ) -> impl Future<Output = Result<T>> + Send;
+}
+
+/// Bytes that a fill fetched.
+struct TakeFilled;
+
+impl Take<u64> for TakeFilled {
+    async fn take(&self, _: &Arc<Connection>, first: Frame, _: &mut Answers) -> Result<u64> {
+        match first.message {
+            Message::Data(d) => Ok(d.filled as u64),
+            m => Err(unexpected(&m)),
+        }
+    }
+}
+
+/// The first message, as it is.
+struct TakeMessage;
+
+impl Take<Message> for TakeMessage {
+    async fn take(&self, _: &Arc<Connection>, first: Frame, _: &mut Answers) -> Result<Message> {
+        Ok(first.message)
+    }
+}
+
+/// A listing of several frames.
+struct TakeListing<'a>(&'a Inner);
+
+impl Take<SharedListing> for TakeListing<'_> {
+    async fn take(&self, conn: &Arc<Connection>, first: Frame, answers: &mut Answers) -> Result<SharedListing> {
+        let mut listing = SharedListing::default();
+        let mut frame = first;
+        while !add_listing(&mut listing, frame)? {
+            frame = self.0.next_frame(conn, answers).await?;
+        }
+        Ok(listing)
+    }
 }
 
 /// The workers, as a cache of one source.
@@ -196,12 +247,7 @@ impl Peers {
         check_range(file, &range)?;
         let message = data::Read { fill_only: true, ..wire_read(file, &range, ReadFlags::default()) };
         let key = self.inner.block_key(file, range.start);
-        self.inner
-            .ask_owners(key, &message.into(), 0, async |_, frame, _| match frame.message {
-                Message::Data(d) => Ok(d.filled as u64),
-                m => Err(unexpected(&m)),
-            })
-            .await
+        self.inner.ask_owners(key, &message.into(), 0, &TakeFilled).await
     }
 
     /// The listing of directory `dir`, no older than `max_age`. `known`: version the caller has (0: none).
@@ -212,17 +258,7 @@ impl Peers {
         let key = RingKey::directory(self.inner.source, dir);
         let max_age_ms = u64::try_from(max_age.as_millis()).unwrap_or(u64::MAX);
         let message = data::List { slot: pool::SLOT, dir: dir.clone(), max_age_ms, known };
-        let inner = &self.inner;
-        inner
-            .ask_owners(key, &message.into(), LISTING_BYTES_MAX, async |conn, first, answers| {
-                let mut listing = SharedListing::default();
-                let mut frame = first;
-                while !add_listing(&mut listing, frame)? {
-                    frame = inner.next_frame(conn, answers).await?;
-                }
-                Ok(listing)
-            })
-            .await
+        self.inner.ask_owners(key, &message.into(), LISTING_BYTES_MAX, &TakeListing(&self.inner)).await
     }
 
     /// Looks at, evicts, pins or unpins the cached segments of one file version, at every worker.
@@ -273,7 +309,7 @@ impl Peers {
             let remote = self.inner.remote(&ring, member);
             let answer = match remote.closed_circuit() {
                 Err(e) => Err(e),
-                Ok(()) => self.inner.ask_one(&remote, message, 0, async |_, frame, _| Ok(frame.message)).await,
+                Ok(()) => self.inner.ask_one(&remote, message, 0, &TakeMessage).await,
             };
             (member.id.clone(), answer)
         });
@@ -298,16 +334,10 @@ impl Inner {
     }
 
     /// Asks the owners of `key` in turn until `take` makes something of an answer.
-    async fn ask_owners<T>(
-        &self,
-        key: RingKey,
-        message: &Message,
-        bulk_max: usize,
-        take: impl AsyncFn(&Arc<Connection>, Frame, &mut Answers) -> Result<T>,
-    ) -> Result<T> {
+    async fn ask_owners<T>(&self, key: RingKey, message: &Message, bulk_max: usize, take: &impl Take<T>) -> Result<T> {
         let mut last = None;
         for remote in self.owners(key) {
-            match self.ask_one(&remote, message, bulk_max, &take).await {
+            match self.ask_one(&remote, message, bulk_max, take).await {
                 Err(e) if next_owner_may_help(&e) => {
                     count_error(&e);
                     last = Some(e);
@@ -323,7 +353,7 @@ impl Inner {
         remote: &Arc<Remote>,
         message: &Message,
         bulk_max: usize,
-        take: impl AsyncFn(&Arc<Connection>, Frame, &mut Answers) -> Result<T>,
+        take: &impl Take<T>,
     ) -> Result<T> {
         let deadline = Instant::now() + self.options.deadline;
         let mut fresh = false;
@@ -333,7 +363,7 @@ impl Inner {
                 let frame = self.next_frame(&conn, &mut answers).await?;
                 match frame.message {
                     Message::Fail(f) => Err(from_fail(&f)),
-                    _ => take(&conn, frame, &mut answers).await,
+                    _ => take.take(&conn, frame, &mut answers).await,
                 }
             };
             match answer.await {

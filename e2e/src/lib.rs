@@ -1,1 +1,370 @@
-//! efc-e2e
+//! Real processes for end-to-end tests: masters, workers and mounts, started from the programs that the workspace built.
+//!
+//! Everything ends when its value is dropped, also after a panic; logs are printed then. All access to a mount from a test goes through
+//! a thread with a deadline ([`within`]), because a hung mount would hang the test for good.
+
+pub mod logs;
+pub mod tree;
+
+use anyhow::{Context, Result, bail};
+use efc_testkit::port::Port;
+use efc_testkit::process::{Guarded, scratch};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+use tempfile::TempDir;
+
+/// How long a process may take to say that it serves.
+const READY: Duration = Duration::from_secs(40);
+
+/// A program of the workspace, built beside the running test.
+///
+/// # Errors
+/// When it was not built; the message says how.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let exe = std::env::current_exe()?;
+    let found = exe.ancestors().skip(1).take(3).map(|d| d.join(name)).find(|p| p.is_file());
+    found.with_context(|| format!("{name} is not built: run `cargo build --workspace --bins` (`./run test` does)"))
+}
+
+/// The first JSON object line of a process's log that has `key`.
+fn ready_line(log: &Path, key: &str) -> Option<Value> {
+    let text = std::fs::read_to_string(log).ok()?;
+    text.lines().rev().filter_map(|l| serde_json::from_str::<Value>(l).ok()).find(|v| v.get(key).is_some())
+}
+
+/// A master process.
+pub struct Master {
+    /// Node id.
+    pub node: u64,
+    /// gRPC address.
+    pub addr: String,
+    /// The process, `None` while it is killed.
+    pub child: Option<Guarded>,
+    args: Vec<String>,
+    dir: PathBuf,
+    _ports: [Port; 2],
+}
+
+impl Master {
+    fn start(&mut self) -> Result<()> {
+        let mut command = Command::new(program("efc-master")?);
+        command.args(&self.args);
+        let mut child = Guarded::spawn(&format!("master{}", self.node), command, &self.dir)?;
+        let log = child.log_path().to_path_buf();
+        let before = std::fs::read_to_string(&log).unwrap_or_default().matches("\"grpc\"").count();
+        child.wait_until("ready", READY, || {
+            std::fs::read_to_string(&log).unwrap_or_default().matches("\"grpc\"").count() > before
+        })?;
+        self.child = Some(child);
+        Ok(())
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill_hard();
+        }
+    }
+}
+
+/// How a worker is to be started.
+#[derive(Debug, Clone, Default)]
+pub struct WorkerSpec {
+    /// Memory tier, for example `256MiB`.
+    pub memory: String,
+    /// Quota of a disk tier, empty for none.
+    pub disk: String,
+    /// More arguments.
+    pub args: Vec<String>,
+}
+
+/// A worker process.
+pub struct Worker {
+    /// Its id.
+    pub id: String,
+    /// Data-plane address.
+    pub addr: String,
+    /// Metrics address.
+    pub http: String,
+    /// The process, `None` while it is killed.
+    pub child: Option<Guarded>,
+    args: Vec<String>,
+    dir: PathBuf,
+}
+
+impl Worker {
+    /// Starts it, again with the same state after a kill.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start(&mut self) -> Result<()> {
+        let mut command = Command::new(program("efc-worker")?);
+        command.args(&self.args);
+        // A log of its own for each life, so that the ready line is this life's.
+        let life = std::fs::read_dir(&self.dir)?.count();
+        let mut child = Guarded::spawn(&format!("{}-{life}", self.id), command, &self.dir)?;
+        let log = child.log_path().to_path_buf();
+        child.wait_until("ready", READY, || ready_line(&log, "data").is_some())?;
+        let said = ready_line(&log, "data").context("ready line")?;
+        let text = |k: &str| said.get(k).and_then(Value::as_str).unwrap_or_default().to_string();
+        (self.addr, self.http) = (text("data"), text("http"));
+        self.child = Some(child);
+        Ok(())
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill_hard();
+        }
+    }
+
+    /// SIGTERM (drain, leave), and waits for the end.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn drain(&mut self) -> Result<()> {
+        let Some(mut child) = self.child.take() else { bail!("{} does not run", self.id) };
+        child.signal(nix::sys::signal::Signal::SIGTERM)?;
+        match child.wait_exit(Duration::from_secs(60)) {
+            Some(s) if s.success() => Ok(()),
+            Some(s) => bail!("{} ended with {s}:\n{}", self.id, child.log_tail()),
+            None => bail!("{} did not end after SIGTERM:\n{}", self.id, child.log_tail()),
+        }
+    }
+
+    /// A counter of its `/metrics`, summed over labels that contain `with`.
+    ///
+    /// # Errors
+    /// When it cannot be asked.
+    pub fn metric(&self, name: &str, with: &str) -> Result<f64> {
+        metric(&self.http, name, with)
+    }
+}
+
+/// A metric of a process's `/metrics`, summed over the series whose labels contain `with`.
+///
+/// # Errors
+/// When it cannot be asked.
+pub fn metric(http: &str, name: &str, with: &str) -> Result<f64> {
+    let text = efc_testkit::http::request("GET", &format!("http://{http}/metrics"), b"")?.ok()?.text();
+    let series = |l: &&str| l.strip_prefix(name).is_some_and(|r| r.starts_with(['{', ' '])) && l.contains(with);
+    Ok(text.lines().filter(series).filter_map(|l| l.rsplit_once(' ')?.1.parse::<f64>().ok()).sum())
+}
+
+/// Masters and workers.
+pub struct Cluster {
+    /// The masters.
+    pub masters: Vec<Master>,
+    /// The workers.
+    pub workers: Vec<Worker>,
+    dir: TempDir,
+}
+
+impl Cluster {
+    /// Starts `masters` masters and one worker for each spec.
+    ///
+    /// # Errors
+    /// When a process does not come up.
+    pub fn start(masters: usize, workers: &[WorkerSpec]) -> Result<Cluster> {
+        let dir = scratch("cluster")?;
+        let mut c = Cluster { masters: Vec::new(), workers: Vec::new(), dir };
+        let ports: Vec<[Port; 2]> = (0..masters).map(|_| Port::lease_many()).collect::<Result<_>>()?;
+        let addr = |p: &Port| format!("127.0.0.1:{}", p.number());
+        let peers: Vec<String> = ports.iter().enumerate().map(|(i, p)| format!("{}={}", i + 1, addr(&p[0]))).collect();
+        for (i, p) in ports.into_iter().enumerate() {
+            let node = i as u64 + 1;
+            let data = c.dir.path().join(format!("m{node}"));
+            let args = [
+                "--node-id",
+                &node.to_string(),
+                "--listen",
+                &addr(&p[0]),
+                "--http",
+                &addr(&p[1]),
+                "--data-dir",
+                &data.display().to_string(),
+                "--peers",
+                &peers.join(","),
+            ];
+            let args = args.map(String::from).to_vec();
+            let dir = c.dir.path().to_path_buf();
+            c.masters.push(Master { node, addr: addr(&p[0]), child: None, args, dir, _ports: p });
+        }
+        c.start_masters()?;
+        for spec in workers {
+            c.add_worker(spec)?;
+        }
+        Ok(c)
+    }
+
+    /// Starts every master that does not run; together, because a majority must be there before one is ready.
+    ///
+    /// # Errors
+    /// When one does not come up.
+    pub fn start_masters(&mut self) -> Result<()> {
+        std::thread::scope(|s| {
+            let down = self.masters.iter_mut().filter(|m| m.child.is_none());
+            let all: Vec<_> = down.map(|m| s.spawn(|| m.start())).collect();
+            all.into_iter().try_for_each(|t| t.join().map_err(|_| anyhow::anyhow!("start of a master panicked"))?)
+        })
+    }
+
+    /// Starts one more worker; gives its index.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn add_worker(&mut self, spec: &WorkerSpec) -> Result<usize> {
+        let id = format!("w{}", self.workers.len() + 1);
+        let home = self.dir.path().join(&id);
+        std::fs::create_dir_all(&home)?;
+        let unix = home.join("data.sock");
+        let mut args: Vec<String> =
+            ["--id", &id, "--master", &self.master_addrs(), "--listen", "127.0.0.1:0"].map(String::from).to_vec();
+        args.extend(
+            ["--http", "127.0.0.1:0", "--unix", &unix.display().to_string(), "--ready-fd", "1"].map(String::from),
+        );
+        args.extend(["--memory".into(), spec.memory.clone()]);
+        if !spec.disk.is_empty() {
+            args.extend(["--disk".into(), format!("{}:{}", home.join("disk").display(), spec.disk)]);
+        }
+        args.extend(spec.args.iter().cloned());
+        let mut worker = Worker { id, addr: String::new(), http: String::new(), child: None, args, dir: home };
+        worker.start()?;
+        self.workers.push(worker);
+        Ok(self.workers.len() - 1)
+    }
+
+    /// Addresses of all masters, comma separated.
+    pub fn master_addrs(&self) -> String {
+        self.masters.iter().map(|m| m.addr.clone()).collect::<Vec<_>>().join(",")
+    }
+
+    /// The mount option that joins this cluster.
+    pub fn option(&self) -> String {
+        format!("master={}", self.master_addrs().replace(',', ";"))
+    }
+
+    /// Runs `efc ARGS -o json` against this cluster.
+    ///
+    /// # Errors
+    /// When it fails; the message carries what it said.
+    pub fn efc(&self, args: &[&str]) -> Result<Value> {
+        let out = Command::new(program("efc")?)
+            .args(["--master", &self.master_addrs()])
+            .args(args)
+            .args(["-o", "json"])
+            .output()?;
+        if !out.status.success() {
+            bail!("efc {args:?}: {}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+        }
+        Ok(serde_json::from_slice(&out.stdout)?)
+    }
+
+    /// A directory of this cluster's run, for what a test needs beside.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+/// A mount served by a foreground `efc-fuse`.
+pub struct Mount {
+    /// Where.
+    pub path: PathBuf,
+    child: Option<Guarded>,
+    _dir: TempDir,
+}
+
+impl Mount {
+    /// Mounts `source`; `env` holds credentials.
+    ///
+    /// # Errors
+    /// When the mount does not come up; the message carries its log.
+    pub fn start(source: &str, options: &[&str], env: &[(&str, &str)]) -> Result<Mount> {
+        let dir = scratch("mount")?;
+        let path = dir.path().join("mnt");
+        std::fs::create_dir(&path)?;
+        let mut m = Mount { path, child: None, _dir: dir };
+        let mut command = Command::new(program("efc-fuse")?);
+        command.args(["mount", "--foreground", source]).arg(&m.path).envs(env.iter().copied());
+        let embedded = !options.iter().any(|o| o.contains("master="));
+        if embedded {
+            command.arg("-o").arg(format!("data_dir={}", m._dir.path().join("data").display()));
+        }
+        options.iter().for_each(|o| {
+            command.arg("-o").arg(o);
+        });
+        let child = m.child.insert(Guarded::spawn("efc-fuse", command, m._dir.path())?);
+        let log = child.log_path().to_path_buf();
+        child.wait_until("mounted", READY, || {
+            std::fs::read_to_string(&log).is_ok_and(|t| t.lines().any(|l| l == "mounted"))
+        })?;
+        Ok(m)
+    }
+
+    /// Process id of the daemon.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().map_or(0, Guarded::pid)
+    }
+
+    /// What the daemon logged.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn log(&self) -> Result<String> {
+        Ok(std::fs::read_to_string(self._dir.path().join("efc-fuse.log"))?)
+    }
+
+    /// `efc-fuse stats -o json`.
+    ///
+    /// # Errors
+    /// When the daemon does not answer.
+    pub fn stats(&self) -> Result<Value> {
+        let out = Command::new(program("efc-fuse")?).arg("stats").arg(&self.path).args(["-o", "json"]).output()?;
+        if !out.status.success() {
+            bail!("efc-fuse stats: {}", String::from_utf8_lossy(&out.stderr));
+        }
+        Ok(serde_json::from_slice(&out.stdout)?)
+    }
+
+    /// Unmounts and waits for the daemon's end.
+    ///
+    /// # Errors
+    /// When either fails.
+    pub fn unmount(mut self) -> Result<()> {
+        let out = Command::new(program("efc-fuse")?).arg("umount").arg(&self.path).output()?;
+        if !out.status.success() {
+            bail!("efc-fuse umount: {}", String::from_utf8_lossy(&out.stderr));
+        }
+        let Some(mut child) = self.child.take() else { return Ok(()) };
+        match child.wait_exit(Duration::from_secs(20)) {
+            Some(s) if s.success() => Ok(()),
+            Some(s) => bail!("efc-fuse ended with {s}:\n{}", child.log_tail()),
+            None => bail!("efc-fuse did not end after its unmount:\n{}", child.log_tail()),
+        }
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        // The kernel lets go of the mount first, so that nothing can hang on it while the daemon ends.
+        let _ = nix::mount::umount2(&self.path, nix::mount::MntFlags::MNT_DETACH);
+        drop(self.child.take());
+    }
+}
+
+/// Runs `work` in a thread and panics when it takes longer than `patience`.
+pub fn within<T: Send + 'static>(patience: Duration, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (tx, rx) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // A receiver that gave up has panicked already.
+        let _ = tx.send(work());
+    });
+    match rx.recv_timeout(patience) {
+        Ok(v) => v,
+        Err(std::sync::mpsc::RecvTimeoutError::Timeout) => panic!("not done within {patience:?}"),
+        Err(_) => panic!("the work panicked"),
+    }
+}

@@ -10,6 +10,7 @@ use efc_common::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -31,11 +32,7 @@ pub enum Request {
     Stats,
     /// Prometheus text.
     Metrics,
-    /// Forget names and attributes, so that the next look-up asks the origin.
-    Refresh,
-    /// Unmount and end.
-    Stop,
-    /// Fill the workers' cache with these paths (relative to the mount's root); progress lines come back.
+    /// Fill the workers' cache with these paths (relative to the mount's root); progress lines come back, the last one has `done`.
     Warm {
         /// Files or directories (taken with all below them).
         paths: Vec<String>,
@@ -63,11 +60,22 @@ pub fn socket_path(mountpoint: &Path) -> PathBuf {
 /// A listening control socket; removed on drop.
 pub struct ControlSocket {
     path: PathBuf,
+    keep: AtomicBool,
+}
+
+impl ControlSocket {
+    /// The socket's name belongs to a successor now: it stays when this value goes.
+    pub fn keep(&self) {
+        self.keep.store(true, Relaxed);
+    }
 }
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        // Gone already, or taken over by a successor: nothing to do about it.
+        if self.keep.load(Relaxed) {
+            return;
+        }
+        // Gone already: nothing to do about it.
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -106,7 +114,7 @@ pub fn listen(mountpoint: &Path, handler: Arc<dyn Handler>, tasks: &TaskGroup) -
             }
         }
     });
-    Ok(ControlSocket { path })
+    Ok(ControlSocket { path, keep: AtomicBool::new(false) })
 }
 
 async fn serve(stream: UnixStream, handler: Arc<dyn Handler>) -> Result<()> {
@@ -200,7 +208,7 @@ mod tests {
         let mut got = Vec::new();
         ask(mnt, &Request::Stats, |v| got.push(v)).await.expect("stats");
         assert_eq!(got, [serde_json::json!({ "n": 1 })]);
-        assert!(ask(mnt, &Request::Stop, |_| {}).await.is_err_and(|e| e.message() == "no"));
+        assert!(ask(mnt, &Request::Metrics, |_| {}).await.is_err_and(|e| e.message() == "no"));
         let mut raw = UnixStream::connect(socket_path(mnt)).await.expect("connect");
         raw.write_all(b"garbage\n").await.expect("write");
         let mut answer = String::new();

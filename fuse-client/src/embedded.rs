@@ -131,7 +131,7 @@ async fn spawn(name: &str, args: &[String], log: &Path) -> Result<(Child, String
     let stderr = File::options().create(true).append(true).open(log)?;
     let mut child = Command::new(&path)
         .args(args)
-        .args(["--ready-fd", "1", "--parent-death"])
+        .arg("--parent-death")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(stderr)

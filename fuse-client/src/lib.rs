@@ -1,12 +1,19 @@
 //! The mount process: FUSE requests in, bytes from the pool of cache workers (or the origin) out.
 //!
 //! Rooms: [`kernel`] speaks to /dev/fuse, [`fs`] has one function per operation, [`namespace`] the nodes and directories, [`read`] the
-//! bytes, [`embedded`] a cluster of one for a mount without masters, [`control`] the local socket, [`options`] the option table.
+//! bytes; [`process`] puts them together, [`cluster`] links it to masters and workers, [`embedded`] starts a cluster of one for a mount
+//! without masters, [`control`] and [`tell`] answer questions, [`cli`] is the command line.
 
+pub mod cli;
+pub mod cluster;
 pub mod control;
 pub mod embedded;
 pub mod fs;
 pub mod kernel;
 pub mod namespace;
 pub mod options;
+pub mod process;
 pub mod read;
+pub mod stats;
+pub mod tell;
+pub mod warm;

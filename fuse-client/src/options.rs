@@ -62,6 +62,12 @@ pub enum Consistency {
     Immutable,
 }
 
+impl Default for Consistency {
+    fn default() -> Self {
+        Consistency::Ttl(Duration::from_secs(60))
+    }
+}
+
 impl std::str::FromStr for Consistency {
     type Err = Error;
     fn from_str(s: &str) -> Result<Self> {
@@ -86,8 +92,8 @@ impl Consistency {
 /// Parsed options of a mount.
 #[derive(Debug, Clone)]
 pub struct MountOptions {
-    /// Consistency level.
-    pub consistency: Consistency,
+    /// Consistency level, if given; a dataset may have one, else it is [`Consistency::default`].
+    pub consistency: Option<Consistency>,
     /// Other users may enter.
     pub allow_other: bool,
     /// The kernel checks modes.
@@ -153,7 +159,7 @@ impl MountOptions {
     pub fn parse(texts: &[String], who: (u32, u32)) -> Result<Self> {
         let tenth = memory_limit_bytes() / 10;
         let mut m = MountOptions {
-            consistency: Consistency::Ttl(Duration::from_secs(60)),
+            consistency: None,
             allow_other: who.0 == 0,
             default_permissions: true,
             ownership: Ownership {
@@ -246,7 +252,7 @@ impl MountOptions {
         };
         let number = || v.parse::<u32>().map_err(|_| Error::new(Kind::Invalid, format!("`{v}` is not a number")));
         match name {
-            "consistency" => self.consistency = v.parse()?,
+            "consistency" => self.consistency = Some(v.parse()?),
             "uid" => self.ownership.uid = Some(number()?),
             "gid" => self.ownership.gid = Some(number()?),
             "file_mode" => self.ownership.file_mode = Some(octal()?),
@@ -347,7 +353,7 @@ mod tests {
         let m =
             parse("ro,consistency=ttl=5,uid=3,umask=027,master=a:1;b:2,readahead=8MiB,endpoint=http://h:1,region=x")
                 .expect("valid");
-        assert_eq!(m.consistency, Consistency::Ttl(Duration::from_secs(5)));
+        assert_eq!(m.consistency, Some(Consistency::Ttl(Duration::from_secs(5))));
         assert_eq!((m.ownership.uid, m.ownership.umask, m.readahead_bytes), (Some(3), 0o027, 8 << 20));
         assert_eq!(m.masters, ["a:1", "b:2"]);
         assert_eq!(m.source["endpoint"], "http://h:1");

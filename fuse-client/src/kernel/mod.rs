@@ -24,7 +24,7 @@ pub mod types;
 pub use adopt::adopt;
 pub use features::KernelFeatures;
 pub use init::{INIT_RECORD_FORMAT, InitRecord};
-pub use mount::{Mount, MountConfig, Unmounted, abort_connection, serve};
+pub use mount::{Mount, MountConfig, Unmounted, abort_connection, check, serve};
 pub use notify::{Notification, Notifier, Told};
 pub use reply::{DirReply, ReadReply, Reply, XattrReply};
 pub use session::{Drained, Ended, Session, SessionConfig};

@@ -79,6 +79,30 @@ pub fn serve(fs: Arc<dyn FileSystem>, mount: &MountConfig, session: &SessionConf
     }
 }
 
+/// Can something be mounted there? Gives the mountpoint's absolute path. The device is looked at too, so that a command can refuse at once.
+///
+/// # Errors
+/// As [`Mount::new`].
+pub fn check(mountpoint: &Path) -> Result<PathBuf> {
+    let mountpoint = resolve(mountpoint)?;
+    let shown = mountpoint.display();
+    if let Some(there) = find(&mountpoint)? {
+        let text =
+            format!("{shown} is already a mount point ({} from {}); unmount it first", there.fs_type, there.source);
+        return Err(Error::new(Kind::Busy, text));
+    }
+    match fs::metadata(&mountpoint) {
+        Ok(m) if m.is_dir() => {}
+        Ok(_) => return Err(Error::new(Kind::NotADirectory, format!("mountpoint {shown} is not a directory"))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::new(Kind::NotFound, format!("mountpoint {shown} does not exist; create the directory")));
+        }
+        Err(e) => return Err(Error::from(e).with("mountpoint", shown)),
+    }
+    open_device()?;
+    Ok(mountpoint)
+}
+
 impl Mount {
     /// Mounts. Requests queue in the returned fd until a session serves it; dropping the fd kills the mount but leaves it in the tree.
     ///
@@ -87,24 +111,8 @@ impl Mount {
     /// [`Kind::Unsupported`] without /dev/fuse or FUSE in the kernel; [`Kind::PermissionDenied`] without the right to mount;
     /// [`Kind::Invalid`] for a name the kernel cannot take.
     pub fn new(config: &MountConfig) -> Result<(Mount, OwnedFd)> {
-        let mountpoint = resolve(&config.mountpoint)?;
+        let mountpoint = check(&config.mountpoint)?;
         let shown = mountpoint.display();
-        if let Some(there) = find(&mountpoint)? {
-            let text =
-                format!("{shown} is already a mount point ({} from {}); unmount it first", there.fs_type, there.source);
-            return Err(Error::new(Kind::Busy, text));
-        }
-        match fs::metadata(&mountpoint) {
-            Ok(m) if m.is_dir() => {}
-            Ok(_) => return Err(Error::new(Kind::NotADirectory, format!("mountpoint {shown} is not a directory"))),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                return Err(Error::new(
-                    Kind::NotFound,
-                    format!("mountpoint {shown} does not exist; create the directory"),
-                ));
-            }
-            Err(e) => return Err(Error::from(e).with("mountpoint", shown)),
-        }
         if config.source.is_empty() || config.source.contains('\0') {
             return Err(Error::new(Kind::Invalid, "the source name of a mount must be neither empty nor contain NUL"));
         }

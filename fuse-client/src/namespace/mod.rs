@@ -19,6 +19,7 @@ use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// Node id of the mount's root (the FUSE protocol fixes it).
 pub const ROOT_ID: u64 = 1;
@@ -54,6 +55,25 @@ pub struct DirState {
     children: Mutex<HashMap<Bytes, u64>>,
     /// Held by the one task that fetches the listing; the others wait for it and look again.
     pub refresh: tokio::sync::Mutex<()>,
+    /// Listings made before this moment are known to be wrong.
+    distrusted: Mutex<Option<Instant>>,
+}
+
+impl DirState {
+    /// Listings made before now are wrong. False, and nothing changes, when that was said less than `pause` ago.
+    pub fn distrust(&self, pause: Duration) -> bool {
+        let mut at = self.distrusted.lock();
+        if at.is_some_and(|t| t.elapsed() < pause) {
+            return false;
+        }
+        *at = Some(Instant::now());
+        true
+    }
+
+    /// How old a listing may be to be accepted: `ttl`, or less when older ones are distrusted.
+    pub fn max_age(&self, ttl: Duration) -> Duration {
+        self.distrusted.lock().map_or(ttl, |t| ttl.min(t.elapsed()))
+    }
 }
 
 impl Inode {

@@ -1,0 +1,186 @@
+//! The `efc-fuse` command line: parse, call one function, turn its error into a sentence and an exit code.
+
+pub mod doctor;
+pub mod mount;
+pub mod stats;
+
+use crate::options;
+use clap::{Args, Parser, Subcommand};
+use efc_common::source;
+use efc_common::{Error, Kind};
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Mounts NAS exports and buckets through a distributed cache.
+#[derive(Debug, Parser)]
+#[command(name = "efc-fuse", version, max_term_width = 110, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failure, 2 wrong option or argument, 3 source or path not found, 4 access refused, \
+5 unreachable or too slow, 6 busy, 7 FUSE is not available here.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Mount a source; returns when the mount answers.
+    Mount(MountArgs),
+    /// Unmount and stop the process behind a mountpoint.
+    Umount(UmountArgs),
+    /// Show what a mount does: requests, hits by tier, origin requests.
+    Stats(StatsArgs),
+    /// Check this machine: FUSE features and the guarantees that follow; with a SOURCE also the origin's speed.
+    Doctor(DoctorArgs),
+}
+
+/// Arguments of `efc-fuse mount`.
+#[derive(Debug, Args)]
+#[command(long_about = "Mount SOURCE at MOUNTPOINT, read-only.\n\nSOURCE is oss://bucket/prefix, s3://bucket/prefix, \
+nfs://host[:port]/export/path, file:///dir or, with -o master=, dataset://name.\n\nWithout -o master= a master and a worker of its \
+own start with the mount. The command returns 0 only when the mount answers.", after_long_help = mount_options_help())]
+pub struct MountArgs {
+    /// What to mount.
+    pub source: String,
+    /// Where: an existing directory.
+    pub mountpoint: PathBuf,
+    /// Options, comma separated; may be repeated (`efc-fuse mount --help` lists them).
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    pub options: Vec<String>,
+    /// Stay in the foreground; ends at SIGTERM or SIGINT after unmounting.
+    #[arg(short, long)]
+    pub foreground: bool,
+    /// Log file of the daemon (default: efc-fuse.log in the data directory).
+    #[arg(long, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+    /// Log filter, for example info or info,efc_fuse=debug.
+    #[arg(long, default_value = "info", env = "EFC_LOG")]
+    pub log_level: String,
+    /// Log lines as text or json.
+    #[arg(long, default_value = "text")]
+    pub log_format: String,
+    /// Serve Prometheus metrics on this address, for example 127.0.0.1:9568.
+    #[arg(long, value_name = "ADDR")]
+    pub http: Option<String>,
+    /// Take the mount over from the process that serves it now: applications see a short pause.
+    #[arg(long)]
+    pub takeover: bool,
+    /// Ignored, for mount(8).
+    #[arg(short = 'n', hide = true)]
+    pub no_mtab: bool,
+    /// Ignored, for mount(8).
+    #[arg(short = 'v', hide = true)]
+    pub verbose: bool,
+    /// Ignored, for mount(8).
+    #[arg(short = 's', hide = true)]
+    pub sloppy: bool,
+    /// File-system type, for mount(8).
+    #[arg(short = 't', hide = true)]
+    pub fstype: Option<String>,
+    /// Report readiness to the parent on stdout.
+    #[arg(long, hide = true)]
+    pub daemon_child: bool,
+}
+
+#[derive(Debug, Args)]
+struct UmountArgs {
+    /// The mountpoint.
+    mountpoint: PathBuf,
+    /// Detach now even if files are open; the process ends when the last is closed.
+    #[arg(short, long)]
+    lazy: bool,
+    /// Abort the connection of a mount that does not answer: applications get errors.
+    #[arg(short, long)]
+    force: bool,
+}
+
+/// Arguments of `efc-fuse stats`.
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    /// The mountpoint.
+    pub mountpoint: PathBuf,
+    /// Output: table or json.
+    #[arg(short, long, default_value = "table")]
+    pub output: String,
+    /// Refresh every so many seconds until Ctrl-C.
+    #[arg(short, long, value_name = "SECONDS")]
+    pub watch: Option<u64>,
+}
+
+/// Arguments of `efc-fuse doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// A source to measure: latency and bandwidth of the origin.
+    pub source: Option<String>,
+    /// Options of the source, as for mount.
+    #[arg(short = 'o', value_name = "OPTIONS")]
+    pub options: Vec<String>,
+    /// Output: table or json.
+    #[arg(long = "output", default_value = "table")]
+    pub output: String,
+}
+
+fn mount_options_help() -> String {
+    let mut text = String::from("Mount options (-o name=value,name,...):\n");
+    let mut line = |name: &str, value: &str, help: &str| {
+        let left = if value.is_empty() { name.to_string() } else { format!("{name}={value}") };
+        // Writing to a String cannot fail.
+        let _ = if left.len() > 24 {
+            write!(text, "  {left}\n{:27}{help}\n", "")
+        } else {
+            writeln!(text, "  {left:24} {help}")
+        };
+    };
+    options::OPTIONS.iter().for_each(|o| line(o.name, o.value, o.help));
+    source::OPTIONS.iter().for_each(|o| {
+        let kinds: Vec<&str> = o.kinds.iter().map(|k| k.scheme()).collect();
+        line(o.name, "VALUE", &format!("{} [{}]", o.help, kinds.join(" ")));
+    });
+    text
+}
+
+/// Runs the program with its arguments; as `mount.efc` it is mount(8)'s helper.
+pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
+    let mut args: Vec<OsString> = args.collect();
+    let helper = args.first().is_some_and(|a| PathBuf::from(a).file_name().is_some_and(|n| n == "mount.efc"));
+    if helper {
+        args.insert(1, "mount".into());
+    }
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help and version are not failures.
+            let code = if e.use_stderr() { 2 } else { 0 };
+            let _ = e.print();
+            return ExitCode::from(code);
+        }
+    };
+    let done = match cli.command {
+        Command::Mount(a) => mount::mount(a),
+        Command::Umount(a) => mount::umount(&a.mountpoint, a.lazy, a.force),
+        Command::Stats(a) => stats::stats(&a),
+        Command::Doctor(a) => doctor::doctor(&a),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("efc-fuse: {e}");
+            ExitCode::from(exit_code(&e))
+        }
+    }
+}
+
+/// The exit code of an error (see `--help`).
+pub fn exit_code(e: &Error) -> u8 {
+    match e.kind() {
+        Kind::Invalid => 2,
+        Kind::NotFound | Kind::NotADirectory => 3,
+        Kind::PermissionDenied => 4,
+        Kind::Timeout | Kind::Unavailable => 5,
+        Kind::Busy | Kind::AlreadyExists => 6,
+        Kind::Unsupported => 7,
+        _ => 1,
+    }
+}

@@ -1,0 +1,152 @@
+//! `efc-fuse mount` and `umount`: the part that runs in the caller's terminal.
+//!
+//! A daemon is this program started again in the background with a pipe as its stdout; it writes one JSON line when the mount answers or
+//! when it failed, so the command returns 0 only for a mount that works.
+
+use super::MountArgs;
+use crate::control::{self, Request};
+use crate::embedded::default_data_dir;
+use crate::kernel::{self, Mount};
+use crate::options::MountOptions;
+use crate::process;
+use efc_common::error::Context as _;
+use efc_common::{Error, Kind, Result};
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// What a daemon says to the command that started it.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Report {
+    Ready { pid: u32 },
+    Failed { code: u8, message: String },
+}
+
+/// The absolute path of a directory, symbolic links resolved in its parent only: a dead mount itself is never touched.
+pub fn absolute(path: &Path) -> Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) => {
+            let parent = parent
+                .canonicalize()
+                .map_err(|e| Error::from(e).with("path", parent.display()))
+                .context(format!("mountpoint {} cannot be found", path.display()))?;
+            Ok(parent.join(name))
+        }
+        _ => Ok(path),
+    }
+}
+
+/// `efc-fuse mount`.
+pub fn mount(mut args: MountArgs) -> Result<()> {
+    args.mountpoint = absolute(&args.mountpoint)?;
+    // What can be refused at once is refused before anything is started.
+    let who = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+    let options = MountOptions::parse(&args.options, who)?;
+    process::parse_source(&args.source, &options)?;
+    if !args.takeover {
+        kernel::check(&args.mountpoint)?;
+    }
+    if args.foreground || args.daemon_child {
+        return foreground(&args, options);
+    }
+    daemon(&args, &options)
+}
+
+fn foreground(args: &MountArgs, options: MountOptions) -> Result<()> {
+    let child = args.daemon_child;
+    let ready = move || {
+        if child {
+            say(&Report::Ready { pid: std::process::id() });
+        } else {
+            println!("mounted");
+        }
+    };
+    let done = process::run(args, options, ready);
+    if let (true, Err(e)) = (child, &done) {
+        say(&Report::Failed { code: super::exit_code(e), message: e.to_string() });
+    }
+    done
+}
+
+/// Writes the report to stdout, which is the pipe; later writes go nowhere once the parent has left.
+fn say(report: &Report) {
+    if let Ok(line) = serde_json::to_string(report) {
+        let mut out = std::io::stdout();
+        // The parent may be gone; the mount stays.
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    }
+}
+
+fn daemon(args: &MountArgs, options: &MountOptions) -> Result<()> {
+    let log = match &args.log_file {
+        Some(path) => path.clone(),
+        None => options.data_dir.clone().unwrap_or_else(|| default_data_dir(&args.mountpoint)).join("efc-fuse.log"),
+    };
+    if let Some(dir) = log.parent() {
+        std::fs::create_dir_all(dir).map_err(|e| Error::from(e).with("log directory", dir.display()))?;
+    }
+    let errors = std::fs::File::options().create(true).append(true).open(&log);
+    let errors = errors.map_err(|e| Error::from(e).with("log-file", log.display()))?;
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("mount").arg(&args.source).arg(&args.mountpoint).arg("--daemon-child");
+    command.arg("--log-file").arg(&log).args(["--log-level", &args.log_level, "--log-format", &args.log_format]);
+    args.options.iter().for_each(|o| {
+        command.arg("-o").arg(o);
+    });
+    if let Some(http) = &args.http {
+        command.arg("--http").arg(http);
+    }
+    if args.takeover {
+        command.arg("--takeover");
+    }
+    command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
+    // SAFETY: setsid is async-signal-safe and touches no memory; it fails only for a group leader, which a fresh child is not.
+    unsafe {
+        command.pre_exec(|| rustix::process::setsid().map(|_| ()).map_err(Into::into));
+    }
+    let mut child = command.spawn()?;
+    let stdout = child.stdout.take().ok_or_else(|| Error::new(Kind::Io, "daemon without stdout"))?;
+    let mut line = String::new();
+    BufReader::new(stdout).read_line(&mut line)?;
+    match serde_json::from_str(&line) {
+        Ok(Report::Ready { .. }) => Ok(()),
+        Ok(Report::Failed { code, message }) => {
+            let _ = child.wait();
+            eprintln!("efc-fuse: {message}");
+            std::process::exit(i32::from(code));
+        }
+        Err(_) => {
+            let status = child.wait().map(|s| s.to_string()).unwrap_or_default();
+            Err(Error::new(
+                Kind::Io,
+                format!("the mount process ended before the mount answered ({status}), see {}", log.display()),
+            ))
+        }
+    }
+}
+
+/// `efc-fuse umount`.
+pub fn umount(mountpoint: &Path, lazy: bool, force: bool) -> Result<()> {
+    let mountpoint = absolute(mountpoint)?;
+    let mount = Mount::existing(&mountpoint)?;
+    if force {
+        mount.abort()?;
+    }
+    mount.unmount(lazy || force)?;
+    // The process ends by itself when the kernel closes the session; wait, so that a new mount finds everything free.
+    let socket = control::socket_path(&mountpoint);
+    let deadline = Instant::now() + Duration::from_secs(15);
+    while !lazy && socket.exists() && Instant::now() < deadline {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        if runtime.block_on(control::ask(&mountpoint, &Request::Status, |_| {})).is_err() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}

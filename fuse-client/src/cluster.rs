@@ -1,0 +1,133 @@
+//! The mount's link to its cluster: masters, ring, workers, and the session that tells the masters that this mount lives.
+
+use crate::embedded::{Embedded, EmbeddedConfig, default_data_dir};
+use crate::options::MountOptions;
+use efc_client::master::MasterClient;
+use efc_client::peers::{Peers, PeersOptions, host_name};
+use efc_client::ring::RingWatch;
+use efc_client::wire::Identity;
+use efc_common::error::Context as _;
+use efc_common::id::{Incarnation, SessionId};
+use efc_common::source::{SourceSpec, StaticKeys};
+use efc_common::task::TaskGroup;
+use efc_common::{Error, Kind, Result};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tracing::{info, warn};
+
+/// How long the masters may take to answer at mount.
+const CLUSTER_DEADLINE: Duration = Duration::from_secs(15);
+/// Pause after a session call that failed.
+const SESSION_PAUSE: Duration = Duration::from_secs(2);
+
+/// A link that is up.
+pub struct ClusterLink {
+    /// The ring as it changes.
+    pub ring: Arc<RingWatch>,
+    /// The workers, as the cache of the mounted source.
+    pub peers: Peers,
+    embedded: Option<Embedded>,
+}
+
+impl ClusterLink {
+    /// Reaches the cluster of `options.masters`, or starts an embedded one.
+    ///
+    /// # Errors
+    /// [`Kind::Unavailable`] or [`Kind::Timeout`] naming the masters, or what kept the embedded processes from starting.
+    pub async fn start(
+        options: &MountOptions,
+        spec: &SourceSpec,
+        keys: Option<StaticKeys>,
+        mountpoint: &Path,
+        log_level: &str,
+        tasks: &TaskGroup,
+    ) -> Result<ClusterLink> {
+        let (embedded, masters) = if options.masters.is_empty() {
+            let config = EmbeddedConfig {
+                data_dir: options.data_dir.clone().unwrap_or_else(|| default_data_dir(mountpoint)),
+                cache_memory_bytes: options.cache_memory_bytes,
+                disk: options.cache_dir.clone().map(|d| (d, options.cache_size_bytes)),
+                log_level: log_level.to_string(),
+            };
+            let embedded = Embedded::start(&config).await?;
+            let masters = vec![embedded.master.clone()];
+            (Some(embedded), masters)
+        } else {
+            (None, options.masters.clone())
+        };
+        let master = MasterClient::new(masters.clone())?.with_deadline(CLUSTER_DEADLINE);
+        let status = master.status().await.context(format!("no master of {} answers", masters.join(", ")))?;
+        let host = host_name();
+        let me = Identity {
+            cluster: status.cluster.clone(),
+            peer: format!("{host}:{}", std::process::id()),
+            epoch: status.ring_epoch,
+        };
+        let ring = RingWatch::start(master.clone(), tasks, None);
+        if tokio::time::timeout(CLUSTER_DEADLINE, ring.changed_since(Default::default())).await.is_err() {
+            return Err(Error::new(Kind::Timeout, format!("masters {} gave no ring", masters.join(", "))));
+        }
+        if ring.current().is_empty() {
+            warn!("the cluster has no worker: reads go to the origin until one registers");
+        }
+        let peers = Peers::new(ring.clone(), spec.clone(), keys, me, PeersOptions::default());
+        let client = format!("{host}:{}:{}", std::process::id(), mountpoint.display());
+        tasks.spawn_graceful(keep_session(master, client, spec.url(), tasks.clone()));
+        Ok(ClusterLink { ring, peers, embedded })
+    }
+
+    /// Ends the link; an embedded cluster is stopped in good order.
+    pub async fn stop(self) {
+        if let Some(embedded) = self.embedded {
+            embedded.stop().await;
+        }
+    }
+}
+
+/// Opens a session and keeps it until the mount ends. Without masters nothing depends on it, so failures are told once per outage.
+async fn keep_session(master: MasterClient, client: String, dataset: String, tasks: TaskGroup) {
+    let mut session: Option<(SessionId, Incarnation, Duration)> = None;
+    let mut failing = false;
+    loop {
+        let outcome = match session {
+            None => open(&master, &client, &dataset).await.map(Some),
+            Some((id, life, every)) => match master.keep_session(id, life).await {
+                Ok(_) => Ok(Some((id, life, every))),
+                // Expired while nobody could be reached: open a new one.
+                Err(e) if matches!(e.kind(), Kind::Stale | Kind::NotFound) => Ok(None),
+                Err(e) => Err(e),
+            },
+        };
+        let pause = match outcome {
+            Ok(s) => {
+                if std::mem::take(&mut failing) {
+                    info!("masters answer again");
+                }
+                session = s;
+                session.map_or(Duration::ZERO, |(_, _, every)| every)
+            }
+            Err(e) => {
+                if !std::mem::replace(&mut failing, true) {
+                    warn!(error = %e, "masters do not answer; reads go on");
+                }
+                SESSION_PAUSE
+            }
+        };
+        tokio::select! {
+            _ = tasks.stopped() => break,
+            _ = tokio::time::sleep(pause) => {}
+        }
+    }
+    if let Some((id, life, _)) = session {
+        // A goodbye that is not heard only costs the masters the wait for its expiry.
+        let _ = tokio::time::timeout(SESSION_PAUSE, master.close_session(id, life)).await;
+    }
+}
+
+async fn open(master: &MasterClient, client: &str, dataset: &str) -> Result<(SessionId, Incarnation, Duration)> {
+    let s = master.open_session(client, dataset, SessionId(0)).await?;
+    // Three tries before the masters give the session up.
+    let every = Duration::from_millis(s.expire_ms.max(300)) / 3;
+    Ok((SessionId(s.session), Incarnation(s.incarnation), every))
+}

@@ -1,0 +1,293 @@
+//! The life of a mount process, top to bottom: resolve the source, reach the origin, reach (or start) a cluster, mount or take over,
+//! serve, tell, end.
+
+use crate::cli::MountArgs;
+use crate::cluster::ClusterLink;
+use crate::control::{self, ControlSocket};
+use crate::fs::directory::Directories;
+use crate::fs::{EfcFs, Parts};
+use crate::kernel::handover::{self, HandoverLimits, HandoverServer};
+use crate::kernel::{Ended, Mount, MountConfig, Session, SessionConfig, adopt, serve};
+use crate::namespace::Namespace;
+use crate::options::{Consistency, MountOptions};
+use crate::read::source::DataSource;
+use crate::read::{ReadConfig, Reader};
+use crate::tell::Teller;
+use efc_client::master::MasterClient;
+use efc_common::error::Context as _;
+use efc_common::limit::ByteBudget;
+use efc_common::source::{SecretRef, SourceSpec, StaticKeys};
+use efc_common::task::TaskGroup;
+use efc_common::{Error, Kind, Result, log, metrics};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{info, warn};
+
+/// Share of the process budget that listings may take: one part of so many.
+const LISTING_SHARE: u64 = 4;
+/// How long a predecessor may take to hand over.
+const TAKEOVER_DEADLINE: Duration = Duration::from_secs(30);
+/// How long tasks of the mount may take to end.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a `SOURCE` argument names.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SourceArg {
+    /// A store, directly.
+    Store(SourceSpec),
+    /// A dataset of the cluster and one of its mounts.
+    Dataset {
+        /// Its name.
+        name: String,
+        /// Path of the mount in the dataset, `/` for its only one.
+        path: String,
+    },
+}
+
+/// Parses the SOURCE argument.
+///
+/// # Errors
+/// [`Kind::Invalid`] that says what to write.
+pub fn parse_source(text: &str, options: &MountOptions) -> Result<SourceArg> {
+    let Some(dataset) = text.strip_prefix("dataset://") else {
+        return Ok(SourceArg::Store(SourceSpec::parse(text, options.source.clone(), options.secret.clone())?));
+    };
+    let (name, path) = dataset.split_once('/').unwrap_or((dataset, ""));
+    if name.is_empty() {
+        return Err(Error::new(Kind::Invalid, format!("source `{text}` has no dataset; write dataset://name")));
+    }
+    if options.masters.is_empty() {
+        return Err(Error::new(
+            Kind::Invalid,
+            format!("source `{text}` is a dataset of a cluster: give `-o master=HOST:PORT`"),
+        ));
+    }
+    Ok(SourceArg::Dataset { name: name.into(), path: format!("/{}", path.trim_matches('/')) })
+}
+
+/// Mounts, serves until the mount ends, and cleans up. `ready` is called once, when the mount answers.
+///
+/// # Errors
+/// What kept the mount from coming up (nothing stays mounted then), or how serving failed.
+pub fn run(args: &MountArgs, options: MountOptions, ready: impl FnOnce()) -> Result<()> {
+    log::install(&args.log_level, args.log_format.parse()?, args.log_file.as_deref())?;
+    let exposition = metrics::install()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("efc-fuse").build()?;
+    let outcome = runtime.block_on(async {
+        let process = Process::start(args, options, exposition).await?;
+        ready();
+        process.serve().await
+    });
+    runtime.shutdown_timeout(STOP_PATIENCE);
+    outcome
+}
+
+/// The source with everything that was looked up for it.
+struct Resolved {
+    spec: SourceSpec,
+    keys: Option<StaticKeys>,
+    consistency: Consistency,
+    /// As people named it.
+    shown: String,
+}
+
+async fn resolve(args: &MountArgs, options: &MountOptions) -> Result<Resolved> {
+    let (spec, offered) = match parse_source(&args.source, options)? {
+        SourceArg::Store(spec) => (spec, None),
+        SourceArg::Dataset { name, path } => {
+            dataset(&MasterClient::new(options.masters.clone())?, &name, &path).await?
+        }
+    };
+    let keys = match spec.secret {
+        SecretRef::Env if spec.kind.is_object_store() => Some(efc_backend::object::keys_from_env(spec.kind)?),
+        _ => options.keys.clone(),
+    };
+    let consistency = options.consistency.or(offered).unwrap_or_default();
+    Ok(Resolved { spec, keys, consistency, shown: args.source.clone() })
+}
+
+async fn dataset(master: &MasterClient, name: &str, path: &str) -> Result<(SourceSpec, Option<Consistency>)> {
+    let d = master.get_dataset(name).await.context(format!("dataset `{name}` cannot be found"))?;
+    let mount = match (d.mounts.as_slice(), path) {
+        ([only], "/") => only,
+        (several, path) => several.iter().find(|m| m.path == path).ok_or_else(|| {
+            let paths: Vec<&str> = several.iter().map(|m| m.path.as_str()).collect();
+            let text = format!(
+                "dataset `{name}` has mounts at {}; mount one of them: dataset://{name}/PATH",
+                paths.join(", ")
+            );
+            Error::new(Kind::Invalid, text)
+        })?,
+    };
+    let spec: SourceSpec = serde_json::from_str(&mount.source_json).map_err(|e| {
+        Error::new(Kind::Corrupt, format!("dataset `{name}` has a source that is not understood")).caused_by(e)
+    })?;
+    let consistency = if d.consistency.is_empty() { None } else { Some(d.consistency.parse()?) };
+    Ok((spec, consistency))
+}
+
+/// A mount that is up.
+struct Process {
+    mount: Mount,
+    session: Arc<Session>,
+    handover: HandoverServer,
+    control: ControlSocket,
+    teller: Arc<Teller>,
+    cluster: ClusterLink,
+    tasks: TaskGroup,
+}
+
+impl Process {
+    async fn start(args: &MountArgs, options: MountOptions, exposition: metrics::PrometheusHandle) -> Result<Process> {
+        let source = resolve(args, &options).await?;
+        let backend = efc_backend::connect(&source.spec, source.keys.as_ref()).await?;
+        let root = backend.root().await?;
+        let tasks = TaskGroup::new();
+        let cluster =
+            ClusterLink::start(&options, &source.spec, source.keys.clone(), &args.mountpoint, &args.log_level, &tasks)
+                .await?;
+        let data = Arc::new(DataSource::new(backend, Some(cluster.peers.clone()), options.workers_only));
+
+        let taken = if args.takeover {
+            Some(handover::take(&handover_path(&args.mountpoint), TAKEOVER_DEADLINE)?)
+        } else {
+            None
+        };
+        let namespace = Arc::new(match &taken {
+            Some(t) => Namespace::restore(&t.state)?,
+            None => Namespace::new(root),
+        });
+        let listing_bytes = options.memory_bytes / LISTING_SHARE;
+        let budget = ByteBudget::new(options.memory_bytes - listing_bytes);
+        let read = ReadConfig { readahead_bytes: options.readahead_bytes, deadline: options.read_deadline };
+        let ttl = source.consistency.ttl();
+        let fs = Arc::new(EfcFs::new(
+            Parts {
+                namespace: namespace.clone(),
+                source: data.clone(),
+                directories: Directories::new(data.clone(), listing_bytes, ttl),
+                reader: Reader::new(data.clone(), budget.clone(), tasks.clone(), read),
+                ownership: options.ownership.clone(),
+                ttl,
+                tasks: tasks.clone(),
+            },
+            tokio::runtime::Handle::current(),
+        ));
+        let config = SessionConfig { threads: options.threads, ..SessionConfig::default() };
+        let (session, mount) = match taken {
+            Some(t) => {
+                let mount = Mount::existing(&args.mountpoint)?;
+                let (fd, record, _, confirm) = t.into_parts();
+                let session = adopt(fs.clone(), fd, &record, &config)?;
+                confirm.ready()?;
+                (session, mount)
+            }
+            None => serve(fs.clone(), &mount_config(args, &options, &source), &config)?,
+        };
+        let session = Arc::new(session);
+        fs.set_session(&session);
+        let teller = Arc::new(Teller {
+            mountpoint: args.mountpoint.clone(),
+            source: source.shown,
+            started: Instant::now(),
+            exposition,
+            data,
+            namespace: namespace.clone(),
+            budget,
+            ttl,
+            ring: cluster.ring.clone(),
+        });
+        let process = Process {
+            handover: listen_for_successors(&args.mountpoint, &session, namespace)?,
+            control: control::listen(&args.mountpoint, teller.clone(), &tasks)?,
+            teller,
+            mount,
+            session,
+            cluster,
+            tasks,
+        };
+        process.check(args).await?;
+        Ok(process)
+    }
+
+    /// Proves that the mount answers before anybody is told that it does.
+    async fn check(&self, args: &MountArgs) -> Result<()> {
+        if let Some(http) = &args.http {
+            self.teller.clone().serve_http(http, &self.tasks).await?;
+        }
+        let path = self.mount.mountpoint().to_path_buf();
+        let looked = tokio::task::spawn_blocking(move || std::fs::metadata(path).map(|_| ()));
+        match tokio::time::timeout(Duration::from_secs(30), looked).await {
+            Ok(Ok(Ok(()))) => {
+                info!(mountpoint = %args.mountpoint.display(), source = args.source, takeover = args.takeover, "mounted");
+                Ok(())
+            }
+            other => {
+                let why = format!("{other:?}");
+                self.leave(true);
+                Err(Error::new(Kind::Timeout, format!("the new mount does not answer: {why}")))
+            }
+        }
+    }
+
+    fn leave(&self, detach: bool) {
+        match self.mount.unmount(detach) {
+            Ok(how) => info!(?how, "unmounted"),
+            Err(e) => warn!(error = %e, "mount point could not be unmounted"),
+        }
+    }
+
+    /// Serves until the mount is gone, handed over, or a signal asks to end.
+    async fn serve(self) -> Result<()> {
+        let mut ended = self.session.ended();
+        let mut handed_over = self.handover.handed_over();
+        let mut term = signal(SignalKind::terminate())?;
+        let mut int = signal(SignalKind::interrupt())?;
+        let outcome = tokio::select! {
+            why = ended.wait_for(Option::is_some) => match why.map(|w| w.clone()) {
+                Ok(Some(Ended::Failed(e))) => Err(Error::new(Kind::Io, format!("the FUSE session failed: {e}"))),
+                _ => Ok(()),
+            },
+            _ = handed_over.wait_for(|g| *g) => {
+                info!("a successor serves the mount");
+                self.control.keep();
+                Ok(())
+            }
+            _ = term.recv() => { self.leave(true); Ok(()) }
+            _ = int.recv() => { self.leave(true); Ok(()) }
+        };
+        // Reads under way are answered by now or never: nobody is left to hear them.
+        self.tasks.shutdown(STOP_PATIENCE).await;
+        drop((self.handover, self.control, self.session));
+        self.cluster.stop().await;
+        outcome
+    }
+}
+
+fn mount_config(args: &MountArgs, options: &MountOptions, source: &Resolved) -> MountConfig {
+    MountConfig {
+        mountpoint: args.mountpoint.clone(),
+        source: source.shown.clone(),
+        read_only: true,
+        allow_other: options.allow_other,
+        default_permissions: options.default_permissions,
+        max_read_bytes: None,
+        raise_max_pages_limit: None,
+    }
+}
+
+fn handover_path(mountpoint: &Path) -> PathBuf {
+    control::socket_path(mountpoint).with_extension("handover")
+}
+
+fn listen_for_successors(
+    mountpoint: &Path,
+    session: &Arc<Session>,
+    namespace: Arc<Namespace>,
+) -> Result<HandoverServer> {
+    std::fs::create_dir_all(control::run_dir())?;
+    let save = Box::new(move || Ok(namespace.save()));
+    HandoverServer::start(&handover_path(mountpoint), session.clone(), save, HandoverLimits::default())
+}

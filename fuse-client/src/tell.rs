@@ -1,0 +1,141 @@
+//! What a mount process answers about itself: control requests, Prometheus text, statistics.
+
+use crate::control::{Handler, Request};
+use crate::namespace::Namespace;
+use crate::read::source::DataSource;
+use crate::stats::{Stats, WorkerStats};
+use crate::warm;
+use axum::Router;
+use axum::routing::get;
+use efc_client::ring::RingWatch;
+use efc_common::limit::ByteBudget;
+use efc_common::metrics::{PrometheusHandle, counter, gauge};
+use efc_common::node::Node;
+use efc_common::task::TaskGroup;
+use efc_common::{Error, Result};
+use futures::future::BoxFuture;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+/// How long workers may take to tell their counters.
+const WORKERS_DEADLINE: Duration = Duration::from_secs(3);
+
+/// Knows where everything is that people ask for.
+pub struct Teller {
+    /// Where it is mounted.
+    pub mountpoint: PathBuf,
+    /// What is mounted, as given.
+    pub source: String,
+    /// When the process began to serve.
+    pub started: Instant,
+    /// The process's metrics.
+    pub exposition: PrometheusHandle,
+    /// Names and bytes.
+    pub data: Arc<DataSource>,
+    /// Nodes.
+    pub namespace: Arc<Namespace>,
+    /// The process budget.
+    pub budget: ByteBudget,
+    /// How long names may be believed.
+    pub ttl: Duration,
+    /// The ring.
+    pub ring: Arc<RingWatch>,
+}
+
+impl Teller {
+    /// Prometheus text of this process.
+    pub fn metrics(&self) -> String {
+        gauge!("efc_fuse_inodes").set(self.namespace.len() as f64);
+        gauge!("efc_budget_used_bytes", "budget" => "client").set(self.budget.used() as f64);
+        gauge!("efc_budget_total_bytes", "budget" => "client").set(self.budget.total() as f64);
+        counter!("efc_budget_waits_total", "budget" => "client").absolute(self.budget.waits());
+        gauge!("efc_ring_epoch").set(self.ring.current().epoch().0 as f64);
+        self.exposition.render()
+    }
+
+    /// Statistics, with what the workers say of themselves.
+    pub async fn stats(&self) -> Stats {
+        let mut stats = Stats {
+            mountpoint: self.mountpoint.display().to_string(),
+            source: self.source.clone(),
+            pid: std::process::id(),
+            uptime_s: self.started.elapsed().as_secs(),
+            inodes: self.namespace.len(),
+            budget: (self.budget.used(), self.budget.total(), self.budget.waits()),
+            ..Stats::default()
+        };
+        stats.absorb(&self.metrics());
+        if let Some(peers) = self.data.peers() {
+            match tokio::time::timeout(WORKERS_DEADLINE, peers.cache_stat()).await {
+                Ok(all) => stats.workers = all.into_iter().map(|(id, s)| worker_stats(id.0, s)).collect(),
+                Err(_) => warn!("workers did not tell their counters in time"),
+            }
+        }
+        stats
+    }
+
+    /// Serves `/metrics` and `/stats` over HTTP.
+    ///
+    /// # Errors
+    /// When the address cannot be bound.
+    pub async fn serve_http(self: Arc<Self>, addr: &str, tasks: &TaskGroup) -> Result<()> {
+        let listener =
+            tokio::net::TcpListener::bind(addr).await.map_err(|e| Error::from(e).with("http", addr.to_string()))?;
+        info!(addr = %listener.local_addr()?, "metrics are served");
+        let (a, b) = (self.clone(), self);
+        let app = Router::new()
+            .route("/metrics", get(move || async move { a.metrics() }))
+            .route("/stats", get(move || async move { axum::Json(b.stats().await) }));
+        tasks.spawn(async move {
+            if let Err(e) = axum::serve(listener, app).await {
+                warn!(error = %e, "metrics server ended");
+            }
+        });
+        Ok(())
+    }
+}
+
+fn worker_stats(id: String, answer: Result<efc_proto::data::CacheStats>) -> WorkerStats {
+    match answer {
+        Ok(s) => WorkerStats {
+            id,
+            used_bytes: s.tiers.iter().map(|t| t.used).sum(),
+            capacity_bytes: s.tiers.iter().map(|t| t.capacity).sum(),
+            hits: s.hits,
+            misses: s.misses,
+            origin_requests: s.origin_requests,
+            origin_bytes: s.served_origin_bytes,
+            error: None,
+        },
+        Err(e) => WorkerStats { id, error: Some(e.to_string()), ..WorkerStats::default() },
+    }
+}
+
+impl Handler for Teller {
+    fn handle(&self, request: Request, out: mpsc::Sender<Value>) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let answer = match request {
+                Request::Warm { paths } => {
+                    let root = self.namespace.root();
+                    let node = Node { locator: root.locator.clone(), version: root.version.clone(), attr: root.attr() };
+                    return warm::warm(self.data.clone(), node, self.ttl, paths, out).await;
+                }
+                Request::Status => json!({
+                    "pid": std::process::id(),
+                    "source": self.source,
+                    "mountpoint": self.mountpoint,
+                    "uptime_s": self.started.elapsed().as_secs(),
+                    "version": env!("CARGO_PKG_VERSION"),
+                }),
+                Request::Stats => json!(self.stats().await),
+                Request::Metrics => json!({ "text": self.metrics() }),
+            };
+            // The asker may have left.
+            let _ = out.send(answer).await;
+        })
+    }
+}
