@@ -1,7 +1,8 @@
 //! Notifications: filling and dropping the kernel's caches.
 
 use std::fs;
-use std::time::Duration;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
 
 use crate::support::*;
 use efc_common::Kind;
@@ -70,6 +71,23 @@ fn invalidated_names_are_looked_up_again() {
         let name = |n: &'static str| Notification::InvalidateEntry { parent, name: n.into() };
         vec![name("1"), name("one")]
     });
+}
+
+#[test]
+fn look_ups_are_given_back() {
+    let m = Mounted::new(MemFs::new());
+    let (path, parent) = (m.path("many"), m.fs.node("many"));
+    let all = m.guarded(move || names(&path));
+    assert!(m.fs.lookups.load(SeqCst) >= MANY as u64);
+    for name in all {
+        tell(&m, Notification::InvalidateEntry { parent, name: name.into() }).expect("tells");
+    }
+    // FORGETs come when the kernel finds the time.
+    let deadline = Instant::now() + LIMIT;
+    while m.fs.lookups.load(SeqCst) > 10 {
+        assert!(Instant::now() < deadline, "{} look-ups left", m.fs.lookups.load(SeqCst));
+        std::thread::yield_now();
+    }
 }
 
 #[test]
