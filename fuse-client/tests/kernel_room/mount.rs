@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::support::*;
 use efc_common::Kind;
-use efc_fuse::kernel::{Ended, KernelFeatures, Mount, Session, SessionConfig, Unmounted, serve};
+use efc_fuse::kernel::{Ended, Errno, KernelFeatures, Mount, Session, SessionConfig, Unmounted, serve};
 
 #[test]
 fn tools_see_the_tree_as_it_is() {
@@ -59,6 +59,8 @@ fn calls_that_are_not_plain_reads() {
         direct.read_exact_at(&mut part, 4096).expect("reads");
         assert_eq!(part, &expected[4096..4096 + (1 << 20)]);
     });
+    let largest = m.fs.largest_read.load(std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(largest, u64::from(m.session().negotiated().max_request_bytes), "a direct read of 1 MiB arrives whole");
     let root = m.path("");
     let (blocks, size) = m.guarded(move || {
         let s = nix::sys::statvfs::statvfs(&root).expect("statfs");
@@ -253,6 +255,36 @@ fn session_settings_reach_the_kernel() {
     if let Ok(background) = background {
         assert_eq!(background.trim(), "64");
     }
+}
+
+#[test]
+fn requests_are_counted_by_operation() {
+    let metrics = efc_common::metrics::install().expect("no recorder yet");
+    let mut fs = MemFs::new();
+    let lost = fs.node("files/4095");
+    fs.on_read = Some(Box::new(move |fs, node, offset, size, reply| match node {
+        n if n == lost => reply.error(Errno::EACCES),
+        _ => answer_read(fs, node, offset, size, reply),
+    }));
+    let m = Mounted::with(fs, |_| {}, SessionConfig { bdi_read_ahead_kb: None, ..SessionConfig::default() });
+    let (good, bad, none) = (m.path("files/4096"), m.path("files/4095"), m.path("files/asked-each-time"));
+    m.guarded(move || {
+        assert_eq!(fs::read(good).expect("reads").len(), 4096);
+        assert_eq!(fs::read(bad).expect_err("fails").raw_os_error(), Some(libc::EACCES));
+        assert!(!none.exists());
+    });
+    assert_eq!(m.session().drain(LIMIT).expect("drains").left, 0);
+    let text = metrics.render();
+    let at_least = |series: &str, least: u64| {
+        let line = text.lines().find_map(|l| l.strip_prefix(series)).unwrap_or_else(|| panic!("no {series} in {text}"));
+        assert!(line.trim().parse::<u64>().expect("number") >= least, "{series}{line}");
+    };
+    // Other tests of this process count as well.
+    at_least("efc_fuse_requests_total{op=\"read\"}", 2);
+    at_least("efc_fuse_request_seconds_count{op=\"lookup\"}", 3);
+    at_least("efc_fuse_read_bytes_total", 4096);
+    at_least("efc_fuse_errors_total{op=\"read\",errno=\"EACCES\"}", 1);
+    assert!(!text.contains("op=\"lookup\",errno=\"ENOENT\""), "a missing name is no error");
 }
 
 #[test]

@@ -49,6 +49,8 @@ pub(crate) struct MemFs {
     counts: Mutex<HashMap<&'static str, u64>>,
     /// Pages of names that came without attributes.
     pub(crate) plain_pages: AtomicU64,
+    /// Largest READ that came, bytes.
+    pub(crate) largest_read: AtomicU64,
     /// Look-ups handed out minus look-ups forgotten.
     pub(crate) lookups: AtomicU64,
     /// Answers reads instead of the file system.
@@ -82,6 +84,7 @@ impl MemFs {
             nodes: Mutex::new(nodes),
             counts: Mutex::new(HashMap::new()),
             plain_pages: AtomicU64::new(0),
+            largest_read: AtomicU64::new(0),
             lookups: AtomicU64::new(0),
             on_read: None,
             no_open: true,
@@ -199,6 +202,7 @@ impl FileSystem for MemFs {
 
     fn read(&self, ctx: &Caller, node: u64, _: u64, offset: u64, size: u32, _: i32, reply: ReadReply) {
         self.bump(if ctx.resent { "resent read" } else { "read" });
+        self.largest_read.fetch_max(size.into(), SeqCst);
         match &self.on_read {
             Some(hook) => hook(self, node, offset, size, reply),
             None => answer_read(self, node, offset, size, reply),

@@ -305,6 +305,41 @@ fn a_successor_that_dies_leaves_the_mount_where_it_was() {
 }
 
 #[test]
+fn a_former_process_that_dies_half_way_leaves_the_mount_to_its_successor() {
+    let held = Held::new();
+    let first = Daemon::start("first", &held.socket(), Some(held.fd()), "");
+    first.serving();
+    let readers = Readers::start(held.dir.path());
+    readers.progress();
+    let (fd, record, _, confirm) = take(&held.socket(), LIMIT).expect("takes").into_parts();
+    first.kill();
+    let fs = Arc::new(slow_fs(Duration::from_millis(5)));
+    let session = adopt(fs, fd, &record, &SessionConfig::default()).expect("adopts");
+    confirm.ready().expect("the mount is ours");
+    readers.progress();
+    readers.finish();
+    assert_eq!(session.drain(LIMIT).expect("drains").left, 0);
+}
+
+#[test]
+fn a_successor_that_is_too_slow_is_told() {
+    let m = Mounted::new(MemFs::new());
+    let run = tempfile::tempdir().expect("dir");
+    let socket = run.path().join("s");
+    let limits = HandoverLimits { ready: Duration::from_millis(50), ..HandoverLimits::default() };
+    let session = m.session.clone().expect("session");
+    let server = HandoverServer::start(&socket, session, Box::new(|| Ok(vec![7])), limits).expect("serves");
+    let taken = take(&socket, LIMIT).expect("takes");
+    assert_eq!(taken.state, [7]);
+    // An answer means that the former process has taken the mount back.
+    let path = m.path("files/1");
+    assert_eq!(m.guarded(move || std::fs::read(path)).expect("reads").len(), 1);
+    let (.., confirm) = taken.into_parts();
+    assert_eq!(confirm.ready().expect_err("too late").kind(), Kind::Unavailable);
+    assert!(!*server.handed_over().borrow());
+}
+
+#[test]
 fn unanswered_requests_go_to_the_successor_marked() {
     let (seen_tx, seen) = mpsc::channel();
     let seen_tx = parking_lot::Mutex::new(seen_tx);
