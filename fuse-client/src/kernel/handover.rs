@@ -9,9 +9,11 @@
 //! new         adopts the connection, RESEND, serves
 //! new → old   READY  1 byte
 //! old → new   BYE    1 byte: the old process has given up the mount
+//!       or    BACK   1 byte: it has taken the mount back
 //! ```
-//! Integers are little-endian. If READY does not come in time, or the new process goes away, the old one serves again (RESEND brings back
-//! what it left). READY without BYE means just that, so the new process must then stop: two may hold the connection, one serves.
+//! Integers are little-endian. If READY does not come in time, the old process says BACK and serves again (RESEND brings back what it
+//! left); the new one must then stop: two may hold the connection, one serves. A connection that ends with neither BYE nor BACK means that
+//! the old process died, and the mount is the new one's.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -35,6 +37,7 @@ const MAGIC: [u8; 4] = *b"EFCH";
 const REFUSED: [u8; 4] = *b"EFCE";
 const READY: u8 = b'R';
 const BYE: u8 = b'B';
+const BACK: u8 = b'K';
 const OFFER_BYTES: usize = 24;
 
 /// How long a successor may take to say HELLO.
@@ -193,17 +196,27 @@ fn offer(mut peer: UnixStream, session: &Session, save: &SaveState, limits: Hand
         Err(e) => return refuse(&mut peer, e),
     };
     let record = session.init_record().to_bytes()?;
-    send_offer(&mut peer, session, &record, &state)?;
+    if let Err(e) = send_offer(&mut peer, session, &record, &state).and_then(|()| confirm(&mut peer, limits)) {
+        // Before this process serves again. If it cannot be sent, nobody is there to be told.
+        return Err(match peer.write_all(&[BACK]) {
+            Ok(()) => e,
+            Err(unsent) => e.with("successor", unsent),
+        });
+    }
+    let (drain_ms, left) = (drained.took.as_millis() as u64, drained.left);
+    tracing::info!(drain_ms, left, state_bytes = state.len(), pid = creds.pid(), "mount handed over");
+    Ok(())
+}
+
+/// READY, and BYE.
+fn confirm(peer: &mut UnixStream, limits: HandoverLimits) -> Result<()> {
     peer.set_read_timeout(Some(limits.ready))?;
     let mut ready = [0u8];
     peer.read_exact(&mut ready)?;
     if ready[0] != READY {
         return Err(Error::new(Kind::Corrupt, "the successor answered something else than READY"));
     }
-    peer.write_all(&[BYE])?;
-    let (drain_ms, left) = (drained.took.as_millis() as u64, drained.left);
-    tracing::info!(drain_ms, left, state_bytes = state.len(), pid = creds.pid(), "mount handed over");
-    Ok(())
+    Ok(peer.write_all(&[BYE])?)
 }
 
 fn send_offer(peer: &mut UnixStream, session: &Session, record: &[u8], state: &[u8]) -> Result<()> {
@@ -267,19 +280,22 @@ impl Taken {
 }
 
 impl Confirm {
-    /// Tells the former process that the mount is served. Start waiting for the next successor only afterwards.
+    /// Tells the former process that the mount is served. Start waiting for the next successor only afterwards. Succeeds as well when the
+    /// former process has died meanwhile.
     ///
     /// # Errors
-    /// [`Kind::Unavailable`] or [`Kind::Timeout`]: it has taken the mount back (or died just now). The caller must drop its session at once and
-    /// not unmount.
+    /// [`Kind::Unavailable`] when it has taken the mount back, [`Kind::Timeout`] when it does not say. The caller must drop its session at
+    /// once and not unmount.
     pub fn ready(mut self) -> Result<()> {
-        let lost = |e: io::Error| Error::new(Kind::Unavailable, "the former process took the mount back").caused_by(e);
-        self.peer.write_all(&[READY]).map_err(lost)?;
-        let mut bye = [0u8];
-        self.peer.read_exact(&mut bye).map_err(lost)?;
-        match bye[0] {
-            BYE => Ok(()),
-            other => Err(Error::new(Kind::Corrupt, format!("the former process answered {other} instead of BYE"))),
+        // Also when this fails: what the former process said last can still be read.
+        let said = self.peer.write_all(&[READY]);
+        let mut answer = [0u8];
+        match self.peer.read(&mut answer) {
+            Ok(1) if answer[0] == BYE && said.is_ok() => Ok(()),
+            Ok(1) => Err(Error::new(Kind::Unavailable, "the former process took the mount back")),
+            Ok(_) => Ok(()),
+            Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) => Ok(()),
+            Err(e) => Err(Error::new(Kind::Timeout, "the former process did not let the mount go").caused_by(e)),
         }
     }
 }

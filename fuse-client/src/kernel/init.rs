@@ -6,6 +6,7 @@ use efc_common::{Error, Kind, Result};
 use fuser::InitFlags;
 use serde::{Deserialize, Serialize};
 
+use super::mount::max_pages_limit;
 use super::session::SessionConfig;
 use super::types::Negotiated;
 
@@ -15,6 +16,9 @@ pub const INIT_RECORD_FORMAT: u32 = 1;
 /// Size of an INIT request: `fuse_in_header` (40) and `fuse_init_in` (64), bytes.
 pub(super) const INIT_REQUEST_BYTES: usize = 104;
 const OPCODE_INIT: u32 = 26;
+
+/// Pages of the largest request on kernels without a setting for it.
+const PAGES_MAX: u32 = 256;
 
 /// What was agreed at INIT. Plain data, meant to be stored and handed over (as JSON).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,8 +37,8 @@ pub struct InitRecord {
     pub max_readahead_offered: u32,
     /// Read-ahead agreed, bytes.
     pub max_readahead: u32,
-    /// Largest WRITE, bytes; with `max_readahead` it decides the largest READ as well.
-    pub max_write: u32,
+    /// Largest READ or WRITE, bytes, after the system's limit.
+    pub max_request_bytes: u32,
     /// Background requests.
     pub max_background: u16,
 }
@@ -78,7 +82,7 @@ impl InitRecord {
             abi: (self.abi_major, self.abi_minor),
             offered: self.offered,
             granted: self.granted,
-            max_write: self.max_write,
+            max_request_bytes: self.max_request_bytes,
             max_readahead: self.max_readahead,
             max_background: self.max_background,
             adopted,
@@ -120,6 +124,11 @@ impl InitRecord {
         }
         Ok(((word(40)?, word(44)?), offered & !InitFlags::FUSE_INIT_EXT.bits()))
     }
+}
+
+fn page_bytes() -> u32 {
+    // SAFETY: plain query of a constant.
+    u32::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
 }
 
 /// What a session wants from INIT.
@@ -183,6 +192,7 @@ impl InitRequest {
         if let Err(refused) = result {
             tracing::warn!(refused, "a value of the INIT answer was refused; its default is used");
         }
+        let system_bytes = max_pages_limit().unwrap_or(PAGES_MAX).saturating_mul(page_bytes());
         let abi = kernel.kernel_abi();
         InitRecord {
             format: INIT_RECORD_FORMAT,
@@ -192,7 +202,7 @@ impl InitRequest {
             granted: granted.bits(),
             max_readahead_offered,
             max_readahead,
-            max_write,
+            max_request_bytes: max_write.min(system_bytes),
             max_background: self.max_background,
         }
     }
@@ -211,7 +221,7 @@ mod tests {
             granted: InitFlags::FUSE_ASYNC_READ.bits(),
             max_readahead_offered: 131_072,
             max_readahead: 131_072,
-            max_write: 1 << 20,
+            max_request_bytes: 1 << 20,
             max_background: 64,
         }
     }

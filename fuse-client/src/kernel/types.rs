@@ -77,8 +77,8 @@ pub struct Negotiated {
     pub offered: u64,
     /// What was switched on, same bits.
     pub granted: u64,
-    /// Largest WRITE payload, bytes.
-    pub max_write: u32,
+    /// Largest READ or WRITE that arrives, bytes.
+    pub max_request_bytes: u32,
     /// Kernel read-ahead agreed at INIT, bytes (the bdi setting may be raised beyond it later).
     pub max_readahead: u32,
     /// Background requests (read-ahead) the kernel keeps in flight.
