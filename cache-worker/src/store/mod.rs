@@ -18,6 +18,7 @@ mod segment;
 mod slab;
 #[cfg(test)]
 mod suite;
+mod table;
 #[cfg(test)]
 mod tiering;
 mod writer;
@@ -302,10 +303,9 @@ impl Store {
         // Pinned sets may be larger than memory: they live on disk if there is one.
         if options.pinned
             && let Some(disk) = t.home(&key)
+            && let Ok(entry) = disk.put(&to_disk, &mut drop)
         {
-            if let Ok(entry) = disk.put(&to_disk, &mut drop) {
-                return Ok(entry);
-            }
+            return Ok(entry);
         }
         let Some(memory) = &t.memory else {
             let disk = t.home(&key).ok_or(BypassReason::Ejected)?;
@@ -396,7 +396,7 @@ impl Tiers {
 
     /// The disk a new key goes to: by weighted rendezvous among the disks in use, so that one disk's failure moves only its own keys.
     fn home(&self, key: &SegmentKey) -> Option<&Arc<Slab>> {
-        let hash = slab::key_hash(key) as u64;
+        let hash = table::key_hash(key) as u64;
         let score = |i: usize| {
             let mixed = (hash ^ (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             let unit = ((mixed >> 11) as f64 + 1.0) / (1u64 << 53) as f64;

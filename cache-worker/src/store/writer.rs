@@ -14,7 +14,8 @@ use efc_common::{Kind, Result};
 use parking_lot::{Condvar, Mutex};
 
 use super::segment::{Entry, Segment, Tier};
-use super::slab::{PutRequest, Slab, cost};
+use super::slab::{PutRequest, Slab};
+use super::table::cost;
 use super::{BypassReason, Tiers};
 
 /// Disk entries waiting to be copied to memory.
