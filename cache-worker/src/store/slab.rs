@@ -395,6 +395,22 @@ impl Slab {
         true
     }
 
+    /// Entries in `slots` slots from `from` on that no other tier was asked to take, up to `bytes`; and where to go on.
+    pub(super) fn not_offered(&self, from: u32, slots: u32, bytes: u64) -> (Vec<Arc<Entry>>, Option<u32>) {
+        let s = self.state.lock();
+        let end = (s.slots.len() as u32).min(from.saturating_add(slots));
+        let (mut found, mut sum) = (Vec::new(), 0);
+        for at in from..end {
+            let Some(e) = s.slots[at as usize].as_ref().filter(|e| !e.offered.load(Relaxed)) else { continue };
+            sum += cost(e.len);
+            if sum > bytes && !found.is_empty() {
+                return (found, Some(at));
+            }
+            found.push(e.clone());
+        }
+        (found, (end < s.slots.len() as u32).then_some(end))
+    }
+
     /// Calls `each` for every entry of `content`, whose segments are `0..segments`.
     pub(super) fn of_content(&self, content: ContentId, segments: u32, each: &mut dyn FnMut(&Entry)) {
         let s = self.state.lock();
