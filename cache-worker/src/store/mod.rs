@@ -323,7 +323,7 @@ impl Store {
         }
     }
 
-    /// Removes a segment from every tier; true if it was in one.
+    /// Removes a segment from every tier; true if it was in one. Blocks for a hole punch.
     pub fn remove(&self, key: &SegmentKey) -> bool {
         self.writer.cancel(key);
         let mut found = false;
@@ -333,7 +333,7 @@ impl Store {
         found
     }
 
-    /// Pins or unpins a segment where it is; false if it is in no tier.
+    /// Pins or unpins a segment where it is; false if it is in no tier. Blocks for a small write on disk.
     pub fn pin(&self, key: &SegmentKey, pinned: bool) -> bool {
         if !pinned {
             // Every copy, and not only the first.
@@ -343,7 +343,7 @@ impl Store {
         t.disks.iter().any(|d| d.pin(key, true)) || t.memory.as_ref().is_some_and(|m| m.pin(key, true))
     }
 
-    /// Removes every segment that is not pinned; how many copies went.
+    /// Removes every segment that is not pinned; how many copies went. Blocks for a hole punch per copy: seconds for millions.
     pub fn evict_all(&self) -> u64 {
         self.writer.cancel_all();
         self.tiers.all().map(|s| s.evict_all()).sum()
@@ -367,7 +367,7 @@ impl Store {
         self.writer.flush();
     }
 
-    /// Tiers and counters; also sets the gauges `efc_cache_used_bytes` and `efc_cache_capacity_bytes`.
+    /// Tiers and counters; gives back room whose last reader has gone since the last insert (a hole punch each), and sets the gauges `efc_cache_used_bytes` and `efc_cache_capacity_bytes`.
     pub fn stats(&self) -> StoreStats {
         let tiers: Vec<TierStats> = self.tiers.all().map(|s| s.stats()).collect();
         for label in ["memory", "disk"] {
