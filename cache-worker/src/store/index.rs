@@ -167,6 +167,14 @@ impl Index {
     }
 }
 
+impl Drop for Index {
+    fn drop(&mut self) {
+        // Unlocked by name: a child process that is between fork and exec holds a copy of the descriptor, and with it the lock.
+        // Cannot fail on an open file, and closing it would unlock it in the end.
+        let _ = rustix::fs::flock(&self.file, rustix::fs::FlockOperation::Unlock);
+    }
+}
+
 fn record_offset(slot: u32) -> u64 {
     HEADER_BYTES + slot as u64 * RECORD_BYTES as u64
 }

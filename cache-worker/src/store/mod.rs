@@ -18,6 +18,7 @@ mod segment;
 mod slab;
 #[cfg(test)]
 mod suite;
+mod table;
 #[cfg(test)]
 mod tiering;
 mod writer;
@@ -302,10 +303,9 @@ impl Store {
         // Pinned sets may be larger than memory: they live on disk if there is one.
         if options.pinned
             && let Some(disk) = t.home(&key)
+            && let Ok(entry) = disk.put(&to_disk, &mut drop)
         {
-            if let Ok(entry) = disk.put(&to_disk, &mut drop) {
-                return Ok(entry);
-            }
+            return Ok(entry);
         }
         let Some(memory) = &t.memory else {
             let disk = t.home(&key).ok_or(BypassReason::Ejected)?;
@@ -323,7 +323,7 @@ impl Store {
         }
     }
 
-    /// Removes a segment from every tier; true if it was in one.
+    /// Removes a segment from every tier; true if it was in one. Blocks for a hole punch.
     pub fn remove(&self, key: &SegmentKey) -> bool {
         self.writer.cancel(key);
         let mut found = false;
@@ -333,7 +333,7 @@ impl Store {
         found
     }
 
-    /// Pins or unpins a segment where it is; false if it is in no tier.
+    /// Pins or unpins a segment where it is; false if it is in no tier. Blocks for a small write on disk.
     pub fn pin(&self, key: &SegmentKey, pinned: bool) -> bool {
         if !pinned {
             // Every copy, and not only the first.
@@ -343,7 +343,7 @@ impl Store {
         t.disks.iter().any(|d| d.pin(key, true)) || t.memory.as_ref().is_some_and(|m| m.pin(key, true))
     }
 
-    /// Removes every segment that is not pinned; how many copies went.
+    /// Removes every segment that is not pinned; how many copies went. Blocks for a hole punch per copy: seconds for millions.
     pub fn evict_all(&self) -> u64 {
         self.writer.cancel_all();
         self.tiers.all().map(|s| s.evict_all()).sum()
@@ -367,7 +367,7 @@ impl Store {
         self.writer.flush();
     }
 
-    /// Tiers and counters; also sets the gauges `efc_cache_used_bytes` and `efc_cache_capacity_bytes`.
+    /// Tiers and counters; gives back room whose last reader has gone since the last insert (a hole punch each), and sets the gauges `efc_cache_used_bytes` and `efc_cache_capacity_bytes`.
     pub fn stats(&self) -> StoreStats {
         let tiers: Vec<TierStats> = self.tiers.all().map(|s| s.stats()).collect();
         for label in ["memory", "disk"] {
@@ -396,7 +396,7 @@ impl Tiers {
 
     /// The disk a new key goes to: by weighted rendezvous among the disks in use, so that one disk's failure moves only its own keys.
     fn home(&self, key: &SegmentKey) -> Option<&Arc<Slab>> {
-        let hash = slab::key_hash(key) as u64;
+        let hash = table::key_hash(key) as u64;
         let score = |i: usize| {
             let mixed = (hash ^ (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             let unit = ((mixed >> 11) as f64 + 1.0) / (1u64 << 53) as f64;

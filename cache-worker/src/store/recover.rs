@@ -17,7 +17,8 @@ use super::counters::{Counters, Removal};
 use super::index::{Found, Index, Record, index_bytes};
 use super::policy::Policy;
 use super::segment::{Tier, slot_offset};
-use super::slab::{INDEX_SLACK_SLOTS, Slab, SlabSpec, cost, punch};
+use super::slab::{INDEX_SLACK_SLOTS, Slab, SlabSpec, punch};
+use super::table::cost;
 use super::{Clock, DiskTier, MemoryTier, check_quota};
 
 /// What all tiers of a store share.

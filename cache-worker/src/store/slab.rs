@@ -11,9 +11,7 @@
 //! - The state lock is held for table work only, never during I/O.
 //! - A guarded entry is not punched. It may be forgotten into *limbo*: still counted, freed by its last guard.
 
-use std::collections::HashMap;
 use std::fs::File;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::io::IoSlice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
@@ -25,51 +23,17 @@ use parking_lot::Mutex;
 
 use super::counters::{Counters, Removal};
 use super::index::{Index, Record, index_bytes};
-use super::policy::{self, Candidate, EvictionPolicy, Policy};
+use super::policy::{self, Candidate, Policy};
 use super::segment::{Entry, Freed, NewEntry, Shared, Tier, slot_offset, sum_count};
+use super::table::{Table, candidate, cost, key_hash};
 use super::{BypassReason, Clock, TierStats};
 
 /// Slots in one data file: ext4 ends a file at 16 TiB.
 pub(super) const SLOTS_MAX: u32 = (1 << 26) - 1;
 /// Failed reads and writes in a row after which a tier is taken out of use.
 const ERRORS_MAX: u32 = 8;
-/// Room a file system gives at least.
-const PAGE_BYTES: u64 = 4096;
 /// Slots that are kept in reserve for growth of the index, so that a claim need not count its own record.
 pub(super) const INDEX_SLACK_SLOTS: u64 = 64;
-
-/// Room an entry of `len` bytes takes.
-pub(super) fn cost(len: u32) -> u64 {
-    (len as u64).next_multiple_of(PAGE_BYTES)
-}
-
-/// Keys are hashes already: folding them is enough.
-#[derive(Default)]
-pub(super) struct KeyHasher(u64);
-
-impl Hasher for KeyHasher {
-    fn write(&mut self, bytes: &[u8]) {
-        for c in bytes.chunks(8) {
-            let mut word = [0; 8];
-            word[..c.len()].copy_from_slice(c);
-            self.0 = (self.0.rotate_left(5) ^ u64::from_le_bytes(word)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        }
-    }
-
-    fn finish(&self) -> u64 {
-        self.0 ^ self.0 >> 32
-    }
-}
-
-/// The hash a policy knows a key by.
-pub(super) fn key_hash(key: &SegmentKey) -> u32 {
-    use std::hash::Hash;
-    let mut h = KeyHasher::default();
-    key.hash(&mut h);
-    (h.finish() >> 16) as u32
-}
-
-pub(super) type KeyMap = HashMap<SegmentKey, u32, BuildHasherDefault<KeyHasher>>;
 
 /// What makes a slab.
 pub(super) struct SlabSpec {
@@ -95,26 +59,9 @@ pub(super) struct Slab {
     clock: Arc<Clock>,
     counters: Arc<Counters>,
     ejected: AtomicBool,
-    state: Mutex<State>,
+    state: Mutex<Table>,
     /// Held while freed slots are punched, so that who needs their room waits the few microseconds instead of bypassing.
     reclaim: Mutex<()>,
-}
-
-struct State {
-    map: KeyMap,
-    slots: Vec<Option<Arc<Entry>>>,
-    /// Punched slots.
-    free: Vec<u32>,
-    policy: Box<dyn EvictionPolicy>,
-    /// Quota, or less after the file system said that it is full.
-    limit: u64,
-    /// Bytes the data file may occupy: entries, limbo, being written, freed but not punched.
-    used: u64,
-    /// Bytes of entries in the table and of claims on the way into it.
-    resident: u64,
-    limbo: u64,
-    pinned: u64,
-    generation: u64,
 }
 
 /// What to store.
@@ -130,53 +77,6 @@ pub(super) struct PutRequest<'a> {
     pub(super) trial: bool,
     /// [`Slab::admits`] has been asked already.
     pub(super) admitted: bool,
-}
-
-fn candidate(key: &SegmentKey, len: u32, trial: bool) -> Candidate {
-    Candidate { hash: key_hash(key), cost: cost(len) as u32, full: false, trial }
-}
-
-impl State {
-    fn unlink(&mut self, key: &SegmentKey) -> Option<Arc<Entry>> {
-        let slot = self.map.remove(key)?;
-        let entry = self.slots[slot as usize].take()?;
-        self.policy.remove(slot);
-        self.forget(&entry);
-        Some(entry)
-    }
-
-    /// Book-keeping for an entry that has just left the table and the policy.
-    fn forget(&mut self, entry: &Arc<Entry>) {
-        let bytes = cost(entry.len);
-        self.resident -= bytes;
-        if entry.pinned.load(Relaxed) {
-            self.pinned -= bytes;
-        }
-        // One reference is the caller's; guards are made under the state lock only, so the count cannot grow.
-        if Arc::strong_count(entry) > 1 {
-            entry.in_limbo.store(true, Relaxed);
-            self.limbo += bytes;
-        }
-    }
-
-    /// Puts an entry into the table, and into the policy unless it is pinned.
-    fn link(&mut self, entry: Arc<Entry>, trial: bool) {
-        let at = entry.slot as usize;
-        if at >= self.slots.len() {
-            self.slots.resize(at + 1, None);
-        }
-        self.map.insert(entry.key, entry.slot);
-        if entry.pinned.load(Relaxed) {
-            self.pinned += cost(entry.len);
-        } else {
-            self.policy.insert(entry.slot, candidate(&entry.key, entry.len, trial));
-        }
-        self.slots[at] = Some(entry);
-    }
-
-    fn find(&self, key: &SegmentKey) -> Option<&Arc<Entry>> {
-        self.slots[*self.map.get(key)? as usize].as_ref()
-    }
 }
 
 impl Slab {
@@ -198,18 +98,10 @@ impl Slab {
             clock: spec.clock,
             counters: spec.counters,
             ejected: AtomicBool::new(false),
-            state: Mutex::new(State {
-                map: KeyMap::default(),
-                slots: Vec::new(),
-                free: Vec::new(),
-                policy: policy::build(spec.policy, spec.quota.saturating_sub(spec.reserve)),
-                limit: spec.quota,
-                used: 0,
-                resident: 0,
-                limbo: 0,
-                pinned: 0,
-                generation: 0,
-            }),
+            state: Mutex::new(Table::new(
+                policy::build(spec.policy, spec.quota.saturating_sub(spec.reserve)),
+                spec.quota,
+            )),
             reclaim: Mutex::new(()),
         })
     }
@@ -312,7 +204,7 @@ impl Slab {
     }
 
     /// Bytes that entries in the table may take.
-    fn resident_limit(&self, s: &State) -> u64 {
+    fn resident_limit(&self, s: &Table) -> u64 {
         s.limit.saturating_sub(self.reserve + self.index_bytes(s.slots.len() as u64 + INDEX_SLACK_SLOTS))
     }
 
@@ -503,6 +395,22 @@ impl Slab {
         true
     }
 
+    /// Entries in `slots` slots from `from` on that no other tier was asked to take, up to `bytes`; and where to go on.
+    pub(super) fn not_offered(&self, from: u32, slots: u32, bytes: u64) -> (Vec<Arc<Entry>>, Option<u32>) {
+        let s = self.state.lock();
+        let end = (s.slots.len() as u32).min(from.saturating_add(slots));
+        let (mut found, mut sum) = (Vec::new(), 0);
+        for at in from..end {
+            let Some(e) = s.slots[at as usize].as_ref().filter(|e| !e.offered.load(Relaxed)) else { continue };
+            sum += cost(e.len);
+            if sum > bytes && !found.is_empty() {
+                return (found, Some(at));
+            }
+            found.push(e.clone());
+        }
+        (found, (end < s.slots.len() as u32).then_some(end))
+    }
+
     /// Calls `each` for every entry of `content`, whose segments are `0..segments`.
     pub(super) fn of_content(&self, content: ContentId, segments: u32, each: &mut dyn FnMut(&Entry)) {
         let s = self.state.lock();
@@ -586,12 +494,7 @@ impl Slab {
     #[cfg(test)]
     pub(super) fn memory_bytes(&self) -> usize {
         let s = self.state.lock();
-        // std's table: 8/7 of its capacity in buckets, rounded up to a power of two, one control byte each.
-        let buckets = (s.map.capacity() * 8 / 7).next_power_of_two();
-        let map = buckets * (size_of::<(SegmentKey, u32)>() + 1);
-        let entry = (size_of::<Entry>() + 2 * size_of::<usize>() + size_of::<usize>()).next_multiple_of(16);
-        let lists = s.slots.capacity() * size_of::<Option<Arc<Entry>>>() + s.free.capacity() * size_of::<u32>();
-        map + s.map.len() * entry + lists + s.policy.memory_bytes()
+        s.memory_bytes()
     }
 
     pub(super) fn stats(&self) -> TierStats {

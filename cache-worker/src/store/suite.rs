@@ -205,7 +205,7 @@ fn pinned_entries_stay_and_are_listed() {
             store.content_segments(key(0).content, 64 * SEGMENT_BYTES as u64).iter().map(|s| s.index).collect();
         assert_eq!(left, want, "{place:?}");
         assert!(want.iter().all(|n| is_right(&store.get(&key(*n as u64)).expect("pinned"), *n as u64)));
-        let bytes: u64 = want.iter().map(|n| slab::cost(len_of(*n as u64) as u32)).sum();
+        let bytes: u64 = want.iter().map(|n| table::cost(len_of(*n as u64) as u32)).sum();
         assert_eq!(store.stats().tiers[0].pinned_bytes, bytes, "{place:?}");
     }
 }
@@ -228,7 +228,7 @@ fn when_everything_is_pinned_or_held_inserts_are_bypassed() {
             Inserted::Bypassed(BypassReason::Busy | BypassReason::NotAdmitted)
         ));
         assert!(used(&store) <= 4 << 20);
-        assert!(held.iter().all(|(n, s)| is_right(s, *n)), "{place:?}");
+        assert!(held.iter().all(|(n, s)| is_right(s, *n) && store.contains(&key(*n))), "{place:?}");
         held.clear();
         assert!(matches!(
             insert_with(&store, whole[41], InsertOptions { pinned: true, ttl: None }),
@@ -256,7 +256,7 @@ fn a_guard_outlives_eviction_and_its_room_is_counted_until_it_goes() {
         }
         assert!(is_right(&guard, 3), "{place:?}");
         let full = store.evict_all();
-        assert!(full > 0 && used(&store) >= slab::cost(guard.len()));
+        assert!(full > 0 && used(&store) >= table::cost(guard.len()));
         drop(guard);
         assert!(used(&store) < before, "{place:?}");
     }

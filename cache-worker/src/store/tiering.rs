@@ -53,6 +53,17 @@ fn a_disk_writer_that_is_behind_loses_copies_and_never_blocks_or_exceeds() {
 }
 
 #[test]
+fn a_burst_that_fits_memory_reaches_the_disk_in_the_end() {
+    let dir = Place::Disk.dir();
+    let store = Store::open(two_tiers(dir.path(), 32 << 20, 64 << 20)).expect("open");
+    // About 20 MiB at once; the queue holds 4 MiB.
+    (0..110).for_each(|n| assert!(matches!(insert(&store, n), Inserted::Stored(_))));
+    store.flush();
+    let stats = store.stats();
+    assert_eq!((stats.tiers[0].segments, stats.tiers[1].segments, stats.bypassed), (110, 110, 0), "{stats:?}");
+}
+
+#[test]
 fn a_disk_entry_comes_up_on_its_second_hit() {
     let dir = Place::Disk.dir();
     let config = two_tiers(dir.path(), 16 << 20, 64 << 20);

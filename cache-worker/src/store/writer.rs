@@ -1,7 +1,8 @@
 //! The one background thread of a store: copies segments from memory to disk, and hot ones from disk to memory.
 //!
 //! Its queue holds guards, so it is bounded in bytes by the share of the memory quota that is set aside for entries in limbo
-//! ([`super::reserve`]). When the queue is full the segment is not written: reads never wait for a cache disk.
+//! ([`super::reserve`]). When the queue is full the segment is not written now: reads never wait for a cache disk. The thread
+//! looks for such segments in memory when it has nothing else to do; those that memory evicts before are lost to the disk.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,14 +12,17 @@ use std::thread::JoinHandle;
 use efc_common::error::Context;
 use efc_common::id::SegmentKey;
 use efc_common::{Kind, Result};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::segment::{Entry, Segment, Tier};
-use super::slab::{PutRequest, Slab, cost};
+use super::slab::{PutRequest, Slab};
+use super::table::cost;
 use super::{BypassReason, Tiers};
 
 /// Disk entries waiting to be copied to memory.
 const PROMOTIONS_MAX: usize = 64;
+/// Slots of memory looked at in one go, under its lock.
+const SWEEP_SLOTS: u32 = 4096;
 
 #[derive(Default)]
 struct Queue {
@@ -28,6 +32,10 @@ struct Queue {
     writes_bytes: u64,
     /// Disk entries to be copied to memory.
     promotions: VecDeque<Arc<Entry>>,
+    /// The queue was full for an entry that memory has: look for entries without a copy from this slot on.
+    sweep: Option<u32>,
+    /// It happened again during the sweep.
+    sweep_again: bool,
     /// What the thread works on, and whether it is pinned.
     busy: Option<(SegmentKey, bool)>,
     /// `busy` was removed from the store meanwhile: undo the copy.
@@ -83,28 +91,9 @@ impl Writer {
     /// Memory took this entry in, or (`leaving`) has just evicted it: have it written to disk if a disk wants it. A disk is
     /// asked once per entry, when there is room in the queue.
     pub(super) fn offer(&self, entry: Arc<Entry>, leaving: bool) {
-        if self.thread.is_none() || entry.offered.load(Relaxed) {
-            return;
+        if self.thread.is_some() {
+            self.state.offer(entry, leaving);
         }
-        let s = &*self.state;
-        let Some(disk) = s.tiers.home(&entry.key) else { return };
-        let room = cost(entry.len);
-        let fits = s.queue.lock().writes_bytes + room <= s.bytes_max;
-        if !fits {
-            if leaving {
-                s.tiers.counters.bypassed(BypassReason::DiskQueue);
-            }
-            return;
-        }
-        if entry.offered.swap(true, Relaxed)
-            || !(disk.admits(&entry.key, entry.len, true) || entry.pinned.load(Relaxed))
-        {
-            return;
-        }
-        let mut q = s.queue.lock();
-        q.writes_bytes += room;
-        q.writes.push_back(entry);
-        s.work.notify_one();
     }
 
     /// A disk entry was asked for again.
@@ -137,7 +126,7 @@ impl Writer {
     /// Waits until there is no work.
     pub(super) fn flush(&self) {
         let mut q = self.state.queue.lock();
-        while self.thread.is_some() && !(q.writes.is_empty() && q.promotions.is_empty() && q.busy.is_none()) {
+        while self.thread.is_some() && !q.is_idle() {
             self.state.idle.wait(&mut q);
         }
     }
@@ -156,6 +145,10 @@ impl Drop for Writer {
 }
 
 impl Queue {
+    fn is_idle(&self) -> bool {
+        self.writes.is_empty() && self.promotions.is_empty() && self.busy.is_none() && self.sweep.is_none()
+    }
+
     fn drop_where(&mut self, gone: impl Fn(&Entry) -> bool) {
         let freed = &mut self.writes_bytes;
         self.writes.retain(|e| {
@@ -223,9 +216,56 @@ impl State {
             if let Some(job) = q.next() {
                 return Some(job);
             }
+            if let Some(from) = q.sweep {
+                let next = MutexGuard::unlocked(&mut q, || self.sweep(from));
+                let again = next.is_none() && std::mem::take(&mut q.sweep_again);
+                q.sweep = if again { Some(0) } else { next };
+                continue;
+            }
             self.idle.notify_all();
             self.work.wait(&mut q);
         }
+    }
+
+    /// Offers some entries of memory that no disk was asked to take; the slot to go on from.
+    fn sweep(&self, from: u32) -> Option<u32> {
+        let (entries, next) = self.tiers.memory.as_ref()?.not_offered(from, SWEEP_SLOTS, self.bytes_max / 2);
+        entries.into_iter().for_each(|e| self.offer(e, false));
+        next
+    }
+
+    /// Is there room for one more write? If not, notes who has to be looked for later, or is lost because it is leaving memory.
+    fn has_room(&self, room: u64, leaving: bool) -> bool {
+        let mut q = self.queue.lock();
+        if q.writes_bytes + room <= self.bytes_max {
+            return true;
+        }
+        if leaving {
+            self.tiers.counters.bypassed(BypassReason::DiskQueue);
+        } else if q.sweep.is_some() {
+            q.sweep_again = true;
+        } else {
+            q.sweep = Some(0);
+        }
+        false
+    }
+
+    /// See [`Writer::offer`].
+    fn offer(&self, entry: Arc<Entry>, leaving: bool) {
+        let room = cost(entry.len);
+        let Some(disk) = self.tiers.home(&entry.key) else { return };
+        if entry.offered.load(Relaxed) || !self.has_room(room, leaving) {
+            return;
+        }
+        if entry.offered.swap(true, Relaxed)
+            || !(disk.admits(&entry.key, entry.len, true) || entry.pinned.load(Relaxed))
+        {
+            return;
+        }
+        let mut q = self.queue.lock();
+        q.writes_bytes += room;
+        q.writes.push_back(entry);
+        self.work.notify_one();
     }
 
     /// Copies one segment; what goes wrong is counted where it went wrong, and the segment is not copied.

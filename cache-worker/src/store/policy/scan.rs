@@ -111,16 +111,17 @@ impl EvictionPolicy for ScanResistant {
 
     fn victim(&mut self, c: Candidate, usable: &mut dyn FnMut(u32) -> bool) -> Option<u32> {
         // Half the window, because inserts that are being written are not in it yet.
-        if c.trial && self.lists.bytes(WINDOW) + c.cost as u64 > self.window_bytes / 2 {
-            if let Some(leaving) = self.lists.oldest(WINDOW, VICTIM_SCAN_MAX, usable) {
-                let Some(resident) = self.main_tail(usable) else { return self.take(leaving) };
-                let hash = |id| self.lists.get(id).map_or(0, |n| n.hash);
-                if !self.beats(hash(leaving), hash(resident)) {
-                    return self.take(leaving);
-                }
-                self.lists.move_to(leaving, PROBATION);
-                return self.take(resident);
+        if c.trial
+            && self.lists.bytes(WINDOW) + c.cost as u64 > self.window_bytes / 2
+            && let Some(leaving) = self.lists.oldest(WINDOW, VICTIM_SCAN_MAX, usable)
+        {
+            let Some(resident) = self.main_tail(usable) else { return self.take(leaving) };
+            let hash = |id| self.lists.get(id).map_or(0, |n| n.hash);
+            if !self.beats(hash(leaving), hash(resident)) {
+                return self.take(leaving);
             }
+            self.lists.move_to(leaving, PROBATION);
+            return self.take(resident);
         }
         let main = self.main_tail(usable);
         let id = main.or_else(|| self.lists.oldest(WINDOW, VICTIM_SCAN_MAX, usable))?;

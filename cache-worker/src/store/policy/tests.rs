@@ -114,13 +114,13 @@ fn an_epoch_scan_keeps_its_hit_rate_with_the_default_policy_only() {
 fn a_new_data_set_takes_over_within_a_few_passes() {
     println!("{:>8} {:>8} {:>6} | hit rate of each pass over the new set / best possible", "old", "new", "trial");
     for trial in [true, false] {
-        for (old, new) in [(4.0, 4.0), (4.0, 0.5), (0.5, 4.0), (0.9, 0.9), (8.0, 2.0), (2.0, 8.0)] {
+        for (old, new) in [(4.0f64, 4.0f64), (4.0, 0.5), (0.5, 4.0), (0.9, 0.9), (8.0, 2.0), (2.0, 8.0)] {
             let mut sim = Sim::new(Policy::ScanResistant, ENTRIES, trial);
             let size = |x: f64| (x * ENTRIES as f64) as u64;
             for e in 0..12 {
                 sim.pass(shuffled(0..size(old), e));
             }
-            let best = (1.0 / new as f64).min(1.0);
+            let best = f64::min(1.0 / new, 1.0);
             let rates: Vec<f64> =
                 (0..10).map(|e| sim.pass(shuffled(1 << 32..(1 << 32) + size(new), e)) / best).collect();
             let text: Vec<String> = rates.iter().map(|r| format!("{r:.2}")).collect();
@@ -181,7 +181,7 @@ fn many_reads_of_one_entry_in_a_row_count_once() {
 fn victims_are_usable_entries_and_each_is_named_once() {
     for p in POLICIES {
         let mut policy = build(p, 1 << 20);
-        let c = |n: u32| Candidate { hash: mix(n as u64) as u32, cost: UNIT, full: true, trial: n % 2 == 0 };
+        let c = |n: u32| Candidate { hash: mix(n as u64) as u32, cost: UNIT, full: true, trial: n.is_multiple_of(2) };
         for id in 0..200 {
             policy.insert(id, c(id));
         }
