@@ -44,8 +44,12 @@ fn main() -> Result<()> {
         identity.token = parts.next().map(str::to_string);
         identity
     });
-    let options =
-        OssOptions { port: args.port, region: args.region.unwrap_or(base.region), identities: identities.collect(), ..base };
+    let options = OssOptions {
+        port: args.port,
+        region: args.region.unwrap_or(base.region),
+        identities: identities.collect(),
+        ..base
+    };
     let server = OssServer::start_with(options)?;
     for bucket in &args.buckets {
         server.create_bucket(bucket);
