@@ -98,16 +98,19 @@ pub fn odd_names() -> Vec<String> {
 
 /// The bytes of a file at `offset`: word i is a hash (SplitMix64) of the path's seed and i.
 pub fn fill(seed: u64, offset: u64, out: &mut [u8]) {
-    let mut at = offset;
-    let mut rest = out;
-    while !rest.is_empty() {
-        let word = split_mix(seed.wrapping_add((at / 8).wrapping_mul(0x9e37_79b9_7f4a_7c15))).to_le_bytes();
-        let from = (at % 8) as usize;
-        let size = rest.len().min(8 - from);
-        rest[..size].copy_from_slice(&word[from..from + size]);
-        rest = &mut rest[size..];
-        at += size as u64;
+    let word = |i: u64| split_mix(seed.wrapping_add(i.wrapping_mul(0x9e37_79b9_7f4a_7c15))).to_le_bytes();
+    let from = (offset % 8) as usize;
+    let head = out.len().min((8 - from) % 8);
+    let (first, rest) = out.split_at_mut(head);
+    first.copy_from_slice(&word(offset / 8)[from..][..head]);
+    let start = offset.div_ceil(8);
+    let mut words = rest.chunks_exact_mut(8);
+    let whole = words.len() as u64;
+    for (bytes, i) in words.by_ref().zip(start..) {
+        bytes.copy_from_slice(&word(i));
     }
+    let last = words.into_remainder();
+    last.copy_from_slice(&word(start + whole)[..last.len()]);
 }
 
 /// The seed of a path.
@@ -438,7 +441,7 @@ mod tests {
     fn bytes_depend_on_path_and_offset_only() {
         let mut whole = vec![0; 100];
         fill(7, 0, &mut whole);
-        for (start, end) in [(0, 1), (3, 21), (8, 16), (99, 100)] {
+        for (start, end) in [(0, 1), (3, 21), (3, 5), (8, 16), (8, 13), (99, 100), (50, 50)] {
             let mut part = vec![0; end - start];
             fill(7, start as u64, &mut part);
             assert_eq!(part, whole[start..end]);
