@@ -3,6 +3,7 @@ import argparse
 import socket
 
 DOMAIN = "oss.test"
+DOMAINS = (DOMAIN, "s3.test")
 
 
 def arguments():
@@ -18,12 +19,12 @@ def arguments():
 
 
 def resolve_test_domain():
-    """BUCKET.oss.test is this machine, so that virtual-host style needs no DNS."""
+    """BUCKET.oss.test and BUCKET.s3.test are this machine, so that virtual-host style needs no DNS."""
     real = socket.getaddrinfo
 
     def lookup(host, *rest, **named):
         name = host.decode() if isinstance(host, bytes) else host
-        if name == DOMAIN or name.endswith("." + DOMAIN):
+        if any(name == d or name.endswith("." + d) for d in DOMAINS):
             host = "127.0.0.1"
         return real(host, *rest, **named)
 
