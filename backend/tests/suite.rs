@@ -1,5 +1,5 @@
 //! The backend suite over every kind of origin, each plain and behind injected faults. One function per server: a new server adds
-//! one, which starts it, makes a [`Store`] of its back, and calls [`both`].
+//! one, which starts it, makes a [`suite::Store`] of its back, and calls [`run`].
 
 use efc_backend::connect::connect_counted;
 use efc_backend::suite::{self, DirStore};

@@ -8,6 +8,7 @@ use crate::port::Port;
 use crate::process::{Guarded, START_DEADLINE, connects, scratch, scratch_root};
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -59,6 +60,7 @@ impl Ganesha {
         let [nfs, mount, nlm, quota] = Port::lease_many()?;
         let conf = config(&export, state.path(), [&nfs, &mount, &nlm, &quota], options);
         fs::write(state.path().join("ganesha.conf"), conf)?;
+        let _turn = turn()?;
         if !options.v4_only {
             ensure_rpcbind()?;
         }
@@ -109,16 +111,20 @@ impl Ganesha {
     /// As [`Ganesha::start`].
     pub fn restart(&mut self) -> Result<()> {
         self.child.kill_hard();
+        let _turn = turn()?;
         self.child = launch(self.state.path())?;
         self.wait_ready()
     }
 
-    /// SIGSTOP: connections stay open and nothing answers.
+    /// SIGSTOP: connections stay open and nothing answers. Back when all its threads have stopped.
     ///
     /// # Errors
     /// When the process is gone.
     pub fn freeze(&self) -> Result<()> {
-        self.child.signal(nix::sys::signal::Signal::SIGSTOP)
+        self.child.signal(nix::sys::signal::Signal::SIGSTOP)?;
+        let pid = nix::unistd::Pid::from_raw(self.child.pid() as i32);
+        waitid(Id::Pid(pid), WaitPidFlag::WSTOPPED).context("wait until ganesha stands still")?;
+        Ok(())
     }
 
     /// SIGCONT after [`Ganesha::freeze`].
@@ -187,11 +193,15 @@ LOG {{ Default_Log_Level = EVENT; }}
     )
 }
 
-/// Makes sure that a portmapper answers on loopback; see the module.
+/// One start at a time on this machine: ganesha clears its program numbers at the portmapper and then sets them, and exits when another
+/// one set them in between. Held until the server answers.
+fn turn() -> Result<Flock<File>> {
+    let lock = File::create(scratch_root()?.join("ganesha.lock"))?;
+    Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| e).context("wait for the start of other servers")
+}
+
+/// Makes sure that a portmapper answers on loopback; see the module. The caller holds the [`turn`].
 fn ensure_rpcbind() -> Result<()> {
-    // One starter at a time on this machine.
-    let lock = File::create(scratch_root()?.join("rpcbind.lock"))?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| e).context("lock the start of rpcbind")?;
     if connects(111) {
         return Ok(());
     }

@@ -24,6 +24,7 @@ use efc_common::{Error, Kind, Result};
 use futures::{StreamExt, TryStreamExt, stream};
 use nfs3_types::nfs3::{fattr3, ftype3, nfstime3};
 use ops::{Found, Place};
+use parking_lot::Mutex;
 use rpc::Client;
 use std::ops::Range;
 use std::sync::Arc;
@@ -51,7 +52,7 @@ pub(crate) struct Nfs {
     mount_port: Option<u16>,
     path: String,
     timeout: Duration,
-    root: OnceCell<Bytes>,
+    root: Mutex<Option<Bytes>>,
 }
 
 /// What streams need after the call that made them.
@@ -78,12 +79,27 @@ impl Nfs {
             mount_port: number(spec, "mount_port", u16::MAX as usize)?.map(|p| p as u16),
             path: spec.path.clone(),
             timeout,
-            root: OnceCell::new(),
+            root: Mutex::new(None),
         })
     }
 
-    async fn root_handle(&self) -> Result<&Bytes> {
-        self.root.get_or_try_init(|| self.mount()).await
+    /// The root's handle, mounting at the first need. Two that need it at once may both mount, which is harmless.
+    async fn root_handle(&self) -> Result<Bytes> {
+        let known = self.root.lock().clone();
+        match known {
+            Some(handle) => Ok(handle),
+            None => {
+                let handle = self.mount().await?;
+                *self.root.lock() = Some(handle.clone());
+                Ok(handle)
+            }
+        }
+    }
+
+    async fn root_attributes(&self) -> Result<(Bytes, fattr3)> {
+        let handle = self.root_handle().await?;
+        let attributes = ops::getattr(&self.shared.client, &handle).await?;
+        Ok((handle, attributes))
     }
 
     async fn mount(&self) -> Result<Bytes> {
@@ -124,13 +140,19 @@ impl Backend for Nfs {
     }
 
     async fn root(&self) -> Result<Node> {
-        let handle = self.root_handle().await?;
-        let attributes = ops::getattr(&self.shared.client, handle).await;
-        let attributes = attributes.context(format!("cannot open {} on {}", self.path, self.host))?;
+        let found = match self.root_attributes().await {
+            // The export was made anew since we mounted it.
+            Err(e) if e.is(Kind::Stale) => {
+                *self.root.lock() = None;
+                self.root_attributes().await
+            }
+            other => other,
+        };
+        let (handle, attributes) = found.context(format!("cannot open {} on {}", self.path, self.host))?;
         if attributes.type_ != ftype3::NF3DIR {
             return Err(Error::new(Kind::NotADirectory, format!("{} on {} is no directory", self.path, self.host)));
         }
-        Ok(node(handle.clone(), &attributes))
+        Ok(node(handle, &attributes))
     }
 
     async fn lookup(&self, dir: &Bytes, name: &[u8]) -> Result<Node> {
@@ -206,7 +228,7 @@ impl Backend for Nfs {
     }
 
     async fn statfs(&self) -> Result<FsStats> {
-        let s = ops::fsstat(&self.shared.client, self.root_handle().await?).await?;
+        let s = ops::fsstat(&self.shared.client, &self.root_handle().await?).await?;
         Ok(FsStats {
             total_bytes: s.tbytes,
             free_bytes: s.fbytes,

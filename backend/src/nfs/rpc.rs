@@ -12,7 +12,6 @@
 
 use super::xdr::{Reader, garbled};
 use bytes::{BufMut, Bytes, BytesMut};
-use efc_common::error::Context;
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result, Retry};
 use nfs3_types::rpc::{auth_flavor, auth_unix, call_body, msg_body, opaque_auth, rpc_msg};
@@ -435,7 +434,11 @@ fn closed() -> Error {
 /// Connects, from a reserved port (< 1024) where we may: exports are `secure` by default on many servers, which refuse others.
 async fn open(address: &str, patience: Duration) -> Result<TcpStream> {
     let found = within(patience, address, async { Ok(lookup_host(address).await?.collect::<Vec<_>>()) }).await;
-    let addresses = found.context(format!("cannot resolve {address}"))?;
+    // Name servers have passing troubles, too.
+    let addresses = found.map_err(|e| {
+        let text = format!("cannot find the address of {address}; is the host name right?");
+        Error::new(Kind::Unavailable, text).caused_by(e)
+    })?;
     let mut last = Error::new(Kind::Unavailable, format!("the name {address} has no address"));
     for a in addresses {
         match within(patience, address, dial(a)).await {
