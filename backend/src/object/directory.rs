@@ -184,7 +184,7 @@ mod tests {
                 let below = &key[dir.len()..];
                 let at = below.iter().position(|b| *b == b'/');
                 let segment = below[..at.unwrap_or(below.len())].to_vec();
-                let mut beside = [&dir[..], &segment, b"/"].concat();
+                let mut beside = [dir, &segment, b"/"].concat();
                 let is_beside = keys.keys().any(|k| k.starts_with(&beside));
                 match at {
                     Some(_) => expected.insert((segment, false, true)),

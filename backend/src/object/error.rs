@@ -181,6 +181,15 @@ fn by_status(about: &About, status: StatusCode, d: &Document) -> Error {
     if status.as_u16() == 409 { error.with_retry(Retry::Later) } else { error }
 }
 
+/// Looks for TLS's verdict below an error. An I/O error hides the one it carries from `source`.
+fn refuses_certificate(e: &(dyn std::error::Error + 'static)) -> bool {
+    if let Some(rustls::Error::InvalidCertificate(_)) = e.downcast_ref() {
+        return true;
+    }
+    let carried = e.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    carried.is_some_and(|c| refuses_certificate(c)) || e.source().is_some_and(refuses_certificate)
+}
+
 /// The error for a request that got no answer.
 pub(crate) fn unreachable(
     about: &About,
@@ -188,20 +197,11 @@ pub(crate) fn unreachable(
     connecting: bool,
 ) -> Error {
     let endpoint = &about.endpoint;
-    let mut below: Option<&(dyn std::error::Error + 'static)> = Some(&cause);
-    while let Some(e) = below {
-        let tls = e.downcast_ref::<rustls::Error>().or_else(|| {
-            e.downcast_ref::<std::io::Error>()
-                .and_then(|io| io.get_ref())
-                .and_then(|inner| inner.downcast_ref::<rustls::Error>())
-        });
-        if let Some(rustls::Error::InvalidCertificate(_)) = tls {
-            let what = format!(
-                "{endpoint} shows a certificate that is not trusted here: set ca_file= to its authority's PEM file"
-            );
-            return Error::new(Kind::Invalid, what).caused_by(cause);
-        }
-        below = e.source();
+    if refuses_certificate(&cause) {
+        let what = format!(
+            "{endpoint} shows a certificate that is not trusted here: set ca_file= to its authority's PEM file"
+        );
+        return Error::new(Kind::Invalid, what).caused_by(cause);
     }
     let what = if connecting {
         format!("cannot reach {endpoint}: check the endpoint, and the network from this machine")

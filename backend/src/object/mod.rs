@@ -17,9 +17,6 @@ mod read;
 mod sign;
 mod version;
 
-#[cfg(test)]
-mod tests;
-
 pub use credentials::keys_from_env;
 
 use crate::{Backend, ByteStream, Capabilities, FsStats, ListPage, names};
