@@ -1,8 +1,6 @@
 //! The master group from outside: real processes that are killed, wiped, added and removed.
 
-mod common;
-
-use common::{Group, PATIENCE, Proc, client, dataset, eventually, worker};
+use crate::harness::{Group, PATIENCE, Proc, client, dataset, eventually, worker};
 use efc_common::Kind;
 use efc_common::id::Incarnation;
 use efc_common::task::TaskGroup;
@@ -10,7 +8,6 @@ use efc_proto::control::raft_client::RaftClient;
 use efc_proto::control::{HelloRequest, RaftMessage, RegisterWorkerRequest, WorkerLoad};
 use efc_proto::status::from_status;
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -315,5 +312,4 @@ async fn bad_flags_are_refused_in_one_sentence() {
         let text = String::from_utf8_lossy(&out.stderr).to_string();
         assert!(!out.status.success() && text.contains(want), "{more:?}: {text}");
     }
-    let _keep = Arc::new(root);
 }
