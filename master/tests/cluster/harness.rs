@@ -42,10 +42,19 @@ impl Proc {
     pub(crate) fn new(root: &Path, id: u64, more: &[String]) -> Proc {
         let dir = root.join(format!("m{id}"));
         let log = root.join(format!("m{id}.log"));
-        let mut args: Vec<String> =
-            ["--heartbeat-ms", "60", "--election-ms", "400", "--parent-death", "--http", "127.0.0.1:0"]
-                .map(String::from)
-                .to_vec();
+        let mut args: Vec<String> = [
+            "--heartbeat-ms",
+            "60",
+            "--election-ms",
+            "400",
+            "--parent-death",
+            "--ready-fd",
+            "1",
+            "--http",
+            "127.0.0.1:0",
+        ]
+        .map(String::from)
+        .to_vec();
         args.extend(["--node-id".into(), id.to_string(), "--data-dir".into(), dir.display().to_string()]);
         args.extend(["--log-file".into(), log.display().to_string()]);
         args.extend(more.iter().cloned());
