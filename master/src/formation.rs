@@ -33,7 +33,7 @@ pub(crate) enum Formation {
 /// # Errors
 /// What no waiting mends: [`Kind::Invalid`] when the others refuse this node, [`Kind::Io`] when Raft has stopped.
 pub(crate) async fn form(node: &Node, formation: &Formation) -> Result<()> {
-    if !node.is_initialised() {
+    if !node.is_initialised().await? {
         match formation {
             Formation::Single => node.initialise(BTreeMap::from([me(node)])).await?,
             Formation::Peers(peers) => found_or_join(node, peers).await?,
@@ -69,7 +69,7 @@ async fn found_or_join(node: &Node, peers: &BTreeMap<u64, String>) -> Result<()>
     let mut pauses = Pauses::new();
     let mut told = false;
     // A leader elsewhere may bring this node in while it asks around.
-    while !node.is_initialised() {
+    while !node.is_initialised().await? {
         let answers = join_all(others.iter().map(|(_, addr)| node.hello(addr, HELLO_DEADLINE))).await;
         let mut members = BTreeMap::from([me(node)]);
         let mut formed = false;

@@ -15,6 +15,9 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 
+/// Without a leader for this long after the start, somebody should look.
+const PATIENCE: Duration = Duration::from_secs(15);
+
 const ABOUT: &str = "Master of an EFC cluster: owns datasets, workers and client sessions. It is not on the read path.";
 const EXAMPLES: &str = "\
 One master (tests, one machine):
@@ -79,7 +82,7 @@ struct Flags {
     /// Appends log lines to a file instead of stderr
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
-    /// Writes the line `1` to this inherited file descriptor when it is ready
+    /// Writes the line `1` to this inherited file descriptor when it is ready (1: stdout, where the ready line is anyway)
     #[arg(long, value_name = "N")]
     ready_fd: Option<RawFd>,
     /// Stops when the process that started it ends
@@ -132,15 +135,18 @@ impl Flags {
     }
 }
 
-/// Takes over the descriptor the parent opened for us.
-fn take_fd(fd: RawFd) -> anyhow::Result<File> {
-    anyhow::ensure!(fd > 2, "--ready-fd {fd} is one of the standard descriptors; pass another one");
+/// Takes over the descriptor the parent opened for us. Stdout needs no second line: the JSON line is there.
+fn take_fd(fd: RawFd) -> anyhow::Result<Option<File>> {
+    if fd == 1 {
+        return Ok(None);
+    }
+    anyhow::ensure!(fd > 2, "--ready-fd {fd} is not a descriptor to report on; pass 1 or one above 2");
     // SAFETY: borrowed only to ask the kernel whether it is open; a closed number gives EBADF and nothing else.
     let asked = unsafe { BorrowedFd::borrow_raw(fd) };
     rustix::io::fcntl_setfd(asked, rustix::io::FdFlags::CLOEXEC)
         .with_context(|| format!("--ready-fd {fd} is not open"))?;
     // SAFETY: it is open (just checked), was inherited for this very use, and nothing else in the process knows its number.
-    Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+    Ok(Some(File::from(unsafe { OwnedFd::from_raw_fd(fd) })))
 }
 
 /// A descriptor that becomes readable when the parent process (not only the thread that spawned us) has ended.
@@ -166,7 +172,7 @@ fn say_ready(master: &Master, ready_fd: Option<File>) -> std::io::Result<()> {
 
 async fn run(flags: Flags) -> anyhow::Result<()> {
     let config = flags.config()?;
-    let ready_fd = flags.ready_fd.map(take_fd).transpose()?;
+    let ready_fd = flags.ready_fd.map(take_fd).transpose()?.flatten();
     let parent = if flags.parent_death { Some(parent_watch()?) } else { None };
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -181,7 +187,13 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         }
     };
     let work = async {
-        master.ready().await?;
+        tokio::select! {
+            r = master.ready() => r?,
+            () = tokio::time::sleep(PATIENCE) => {
+                tracing::warn!("no leader yet: does a majority of the masters run, and is this one still a member?");
+                master.ready().await?;
+            }
+        }
         if let Err(e) = say_ready(&master, ready_fd) {
             // Nobody reads: a parent that is gone, or a shell that does not care.
             anyhow::ensure!(!flags.parent_death, "the parent does not listen any more: {e}");

@@ -7,7 +7,7 @@ use efc_common::{Error, Kind};
 use efc_proto::control::raft_server::{Raft as RaftService, RaftServer};
 use efc_proto::control::{HelloReply, HelloRequest, RaftMessage};
 use efc_proto::status::to_status;
-use openraft::raft::{AppendEntriesRequest, InstallSnapshotRequest, VoteRequest};
+use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest, VoteRequest};
 use serde::Serialize;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
@@ -55,7 +55,7 @@ impl RaftService for RaftDoor {
         Ok(Response::new(HelloReply {
             node: me.node,
             store: me.store,
-            initialised: self.node.is_initialised(),
+            initialised: self.node.is_initialised().await.map_err(|e| to_status(&e))?,
             cluster: self.node.read(|s| s.cluster().to_string()),
         }))
     }
@@ -64,7 +64,11 @@ impl RaftService for RaftDoor {
         let m = request.into_inner();
         self.meant(&m)?;
         let rpc: AppendEntriesRequest<_> = decode(&m.payload).map_err(bad)?;
-        reply(self.node.raft().append_entries(rpc).await)
+        let answer = self.node.raft().append_entries(rpc).await;
+        if matches!(answer, Ok(ref a) if !matches!(a, AppendEntriesResponse::HigherVote(_))) {
+            self.node.note_contact();
+        }
+        reply(answer)
     }
 
     async fn vote(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {

@@ -46,15 +46,20 @@ impl Node {
     /// As [`Node::add_master`].
     pub(crate) async fn finish_change(&self) -> Result<()> {
         let _turn = self.begin_change()?;
-        if !self.view().joint {
-            return Ok(());
-        }
+        within(self.finish()).await
+    }
+
+    async fn finish(&self) -> Result<()> {
         let goal = {
             let m = self.raft.metrics();
             let m = m.borrow();
-            m.membership_config.membership().get_joint_config().last().cloned().unwrap_or_default()
+            let configs = m.membership_config.membership().get_joint_config();
+            if configs.len() < 2 {
+                return Ok(());
+            }
+            configs.last().cloned().unwrap_or_default()
         };
-        within(self.change(ChangeMembers::ReplaceAllVoters(goal))).await
+        self.change(ChangeMembers::ReplaceAllVoters(goal)).await
     }
 
     fn begin_change(&self) -> Result<tokio::sync::SemaphorePermit<'_>> {
@@ -80,6 +85,8 @@ impl Node {
 
     async fn add(&self, id: u64, addr: &str) -> Result<()> {
         let who = self.identify(id, addr).await?;
+        // An earlier attempt may have ended half way.
+        self.finish().await?;
         let peer = Peer { addr: addr.to_string(), store: who };
         match self.member(id) {
             Some((old, true)) if old == peer => return Ok(()),
@@ -164,10 +171,14 @@ impl Node {
     }
 
     async fn remove(&self, id: u64) -> Result<()> {
-        let (peer, voter) = self
+        let (peer, _) = self
             .member(id)
             .ok_or_else(|| Error::new(Kind::NotFound, format!("node {id} is not a master of this cluster")))?;
-        self.expel(id, voter).await?;
+        // What an earlier attempt left half done may be this very removal.
+        self.finish().await?;
+        if let Some((_, voter)) = self.member(id) {
+            self.expel(id, voter).await?;
+        }
         tracing::info!(node = id, addr = %peer.addr, "a master was removed");
         Ok(())
     }

@@ -58,6 +58,8 @@ pub(crate) struct Node {
     pub(super) network: Network,
     machine: Machine,
     election_max: Duration,
+    /// A leader was heard in this life of the process. The leader that the stored vote names may be long gone.
+    contact: watch::Sender<bool>,
     /// One change of the membership at a time.
     pub(super) changing: Semaphore,
 }
@@ -77,7 +79,8 @@ impl Node {
             .await
             .map_err(|e| Error::new(Kind::Io, "start Raft").caused_by(e))?;
         let changing = Semaphore::new(1);
-        Ok(Arc::new(Node { identity, advertise, raft, network, machine, election_max, changing }))
+        let (contact, _) = watch::channel(false);
+        Ok(Arc::new(Node { identity, advertise, raft, network, machine, election_max, contact, changing }))
     }
 
     /// Node id and store of this node.
@@ -88,6 +91,11 @@ impl Node {
     /// Where others reach this node.
     pub(crate) fn advertise(&self) -> &str {
         &self.advertise
+    }
+
+    /// A leader was heard.
+    pub(super) fn note_contact(&self) {
+        self.contact.send_if_modified(|c| !std::mem::replace(c, true));
     }
 
     pub(super) fn raft(&self) -> &Raft {
@@ -104,11 +112,14 @@ impl Node {
         self.machine.epochs()
     }
 
-    /// Has it a membership (from its own initialisation or from a leader)?
-    pub(crate) fn is_initialised(&self) -> bool {
-        let m = self.raft.metrics();
-        let m = m.borrow();
-        m.membership_config.membership().nodes().next().is_some() || m.last_log_index.is_some()
+    /// Has it data: a membership, from its own initialisation or from a leader? Asked of Raft itself and not of its metrics, which
+    /// say nothing yet just after a start. (A vote alone is no data: its founder may have lost all before telling anybody.)
+    ///
+    /// # Errors
+    /// [`Kind::Io`] when Raft has stopped.
+    pub(crate) async fn is_initialised(&self) -> Result<bool> {
+        let asked = self.raft.with_raft_state(|s| s.membership_state.effective().log_id().is_some()).await;
+        asked.map_err(|e| Error::new(Kind::Io, "Raft has stopped").caused_by(e))
     }
 
     /// The address under which the membership records this node; `None` if it is no member.
@@ -125,12 +136,14 @@ impl Node {
 
     fn view_of(&self, m: &RaftMetrics<u64, Peer>) -> View {
         let membership = m.membership_config.membership();
+        let configs = membership.get_joint_config();
         let voters: Vec<u64> = membership.voter_ids().collect();
         let confirmed = voters == [self.identity.node]
             || m.millis_since_quorum_ack.is_some_and(|ms| Duration::from_millis(ms) < self.election_max);
         let leads = m.state == ServerState::Leader && confirmed;
         // A leader that nobody confirms any more does not point at itself.
-        let leader = m.current_leader.filter(|l| *l != self.identity.node || leads);
+        let heard = *self.contact.borrow();
+        let leader = m.current_leader.filter(|l| if *l == self.identity.node { leads } else { heard });
         let addr = |id: u64, peer: &Peer| match id == self.identity.node {
             true => self.advertise.clone(),
             false => peer.addr.clone(),
@@ -143,7 +156,8 @@ impl Node {
         let masters = membership.nodes().map(|(id, peer)| MasterNode {
             node: *id,
             addr: addr(*id, peer),
-            voter: voters.contains(id),
+            // While a change is under way, only who votes before and after it.
+            voter: configs.iter().all(|c| c.contains(id)),
             matched: matched(*id),
         });
         View {
@@ -155,7 +169,7 @@ impl Node {
             last_log: m.last_log_index.unwrap_or(0),
             applied: m.last_applied.map_or(0, |l| l.index),
             masters: masters.collect(),
-            joint: membership.get_joint_config().len() > 1,
+            joint: configs.len() > 1,
         }
     }
 
@@ -180,6 +194,7 @@ impl Node {
     /// [`Kind::Io`] when Raft has stopped.
     pub(crate) async fn wait(&self, mut good: impl FnMut(&View) -> bool) -> Result<View> {
         let mut metrics = self.raft.metrics();
+        let mut contact = self.contact.subscribe();
         loop {
             let view = {
                 let m = metrics.borrow_and_update();
@@ -189,7 +204,11 @@ impl Node {
             if good(&view) {
                 return Ok(view);
             }
-            metrics.changed().await.map_err(|_| Error::new(Kind::Cancelled, "Raft has stopped"))?;
+            tokio::select! {
+                r = metrics.changed() => r.map_err(|_| Error::new(Kind::Cancelled, "Raft has stopped"))?,
+                // The sender lives as long as `self`.
+                _ = contact.changed() => {}
+            }
         }
     }
 

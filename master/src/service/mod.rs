@@ -166,15 +166,29 @@ impl Door {
         Ok(self.ring())
     }
 
-    async fn find_dataset(&self, name: String) -> Result<Dataset> {
-        let find = || self.node.read(|s| s.datasets().get(&name).map(dataset_wire));
+    /// Ok when the applied state may be shown: on the leader with all that was acknowledged before, on others only while they know no
+    /// leader (better the last known than nothing); else the way to the leader. True if it is fresh.
+    async fn may_show(&self) -> Result<bool> {
         let view = self.node.view();
-        if view.leads {
-            self.node.linearizable().await?;
-        } else if find().is_none() && view.leader.is_some() {
-            return Err(self.node.not_leader());
+        match (view.leads, view.leader) {
+            (true, _) => self.node.linearizable().await.map(|()| true),
+            (false, Some(_)) => Err(self.node.not_leader()),
+            (false, None) => Ok(false),
         }
-        find().ok_or_else(|| Error::new(Kind::NotFound, format!("dataset `{name}` does not exist")))
+    }
+
+    async fn find_dataset(&self, name: String) -> Result<Dataset> {
+        let fresh = self.may_show().await?;
+        match self.node.read(|s| s.datasets().get(&name).map(dataset_wire)) {
+            Some(d) => Ok(d),
+            None if fresh => Err(Error::new(Kind::NotFound, format!("dataset `{name}` does not exist"))),
+            None => Err(self.node.not_leader()),
+        }
+    }
+
+    async fn list(&self) -> Result<ListDatasetsReply> {
+        self.may_show().await?;
+        Ok(ListDatasetsReply { datasets: self.node.read(|s| s.datasets().values().map(dataset_wire).collect()) })
     }
 
     async fn open(&self, r: OpenSessionRequest) -> Result<OpenSessionReply> {
@@ -279,12 +293,7 @@ impl Cluster for Door {
     }
 
     async fn list_datasets(&self, _: Request<ListDatasetsRequest>) -> Answer<ListDatasetsReply> {
-        if self.node.view().leads {
-            self.node.linearizable().await.map_err(|e| to_status(&e))?;
-        }
-        answer(Ok(ListDatasetsReply {
-            datasets: self.node.read(|s| s.datasets().values().map(dataset_wire).collect()),
-        }))
+        answer(self.list().await)
     }
 
     async fn delete_dataset(&self, r: Request<DatasetRef>) -> Answer<Dataset> {

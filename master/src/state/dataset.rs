@@ -9,6 +9,8 @@ const NAME_BYTES_MAX: usize = 63;
 const MOUNTS_MAX: usize = 256;
 const PATH_BYTES_MAX: usize = 4096;
 const SOURCE_BYTES_MAX: usize = 64 << 10;
+/// Of one dataset's sources together: it is one log entry.
+const SOURCES_BYTES_MAX: usize = 1 << 20;
 
 fn invalid(message: String) -> Error {
     Error::new(Kind::Invalid, message)
@@ -23,6 +25,13 @@ pub(crate) fn check(d: &Dataset) -> Result<()> {
     check_consistency(&d.consistency)?;
     if d.mounts.is_empty() || d.mounts.len() > MOUNTS_MAX {
         return Err(invalid(format!("dataset `{}` has {} mounts; give 1 to {MOUNTS_MAX}", d.name, d.mounts.len())));
+    }
+    let bytes: usize = d.mounts.iter().map(|m| m.source_json.len()).sum();
+    if bytes > SOURCES_BYTES_MAX {
+        return Err(invalid(format!(
+            "dataset `{}` describes its sources in {bytes} bytes; at most {SOURCES_BYTES_MAX}",
+            d.name
+        )));
     }
     let mut paths = BTreeSet::new();
     for m in &d.mounts {

@@ -14,10 +14,10 @@ use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 /// Anything in these tests that takes longer has failed.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A port that is free now, below the range the kernel hands out itself, so that it stays free over a restart.
-pub fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let base = 10_000 + (std::process::id() % 2000) as u16 * 10;
     loop {
@@ -29,23 +29,32 @@ pub fn free_port() -> u16 {
 }
 
 /// One master process.
-pub struct Proc {
+pub(crate) struct Proc {
     child: Option<Child>,
-    pub args: Vec<String>,
-    pub dir: PathBuf,
-    pub grpc: String,
-    pub http: String,
+    pub(crate) args: Vec<String>,
+    pub(crate) dir: PathBuf,
+    pub(crate) grpc: String,
+    pub(crate) http: String,
 }
 
 impl Proc {
     /// Flags of node `id` with its data and log below `root`, tuned for quick tests.
-    pub fn new(root: &Path, id: u64, more: &[String]) -> Proc {
+    pub(crate) fn new(root: &Path, id: u64, more: &[String]) -> Proc {
         let dir = root.join(format!("m{id}"));
         let log = root.join(format!("m{id}.log"));
-        let mut args: Vec<String> =
-            ["--heartbeat-ms", "60", "--election-ms", "400", "--parent-death", "--http", "127.0.0.1:0"]
-                .map(String::from)
-                .to_vec();
+        let mut args: Vec<String> = [
+            "--heartbeat-ms",
+            "60",
+            "--election-ms",
+            "400",
+            "--parent-death",
+            "--ready-fd",
+            "1",
+            "--http",
+            "127.0.0.1:0",
+        ]
+        .map(String::from)
+        .to_vec();
         args.extend(["--node-id".into(), id.to_string(), "--data-dir".into(), dir.display().to_string()]);
         args.extend(["--log-file".into(), log.display().to_string()]);
         args.extend(more.iter().cloned());
@@ -53,7 +62,7 @@ impl Proc {
     }
 
     /// Starts it without waiting.
-    pub fn spawn(&mut self) -> tokio::process::ChildStdout {
+    pub(crate) fn spawn(&mut self) -> tokio::process::ChildStdout {
         let mut child = Command::new(env!("CARGO_BIN_EXE_efc-master"))
             .args(&self.args)
             .stdin(Stdio::null())
@@ -67,7 +76,7 @@ impl Proc {
     }
 
     /// Takes the ready line.
-    pub async fn ready(&mut self, out: tokio::process::ChildStdout) {
+    pub(crate) async fn ready(&mut self, out: tokio::process::ChildStdout) {
         let mut line = String::new();
         let mut out = BufReader::new(out);
         timeout(PATIENCE, out.read_line(&mut line)).await.expect("ready in time").expect("read");
@@ -77,40 +86,40 @@ impl Proc {
         self.http = v["http"].as_str().expect("http").into();
     }
 
-    pub async fn start(&mut self) {
+    pub(crate) async fn start(&mut self) {
         let out = self.spawn();
         self.ready(out).await;
     }
 
     /// SIGKILL, and waits until the process is gone.
-    pub async fn kill(&mut self) {
+    pub(crate) async fn kill(&mut self) {
         if let Some(mut c) = self.child.take() {
             c.kill().await.expect("kill");
         }
     }
 
     /// SIGTERM, and waits; true if it exited with success.
-    pub async fn terminate(&mut self) -> bool {
+    pub(crate) async fn terminate(&mut self) -> bool {
         let mut c = self.child.take().expect("runs");
         let pid = nix::unistd::Pid::from_raw(c.id().expect("pid") as i32);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("signal");
         timeout(PATIENCE, c.wait()).await.expect("stops").expect("wait").success()
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.dir.with_extension("log")).unwrap_or_default()
     }
 
-    pub fn client(&self) -> MasterClient {
+    pub(crate) fn client(&self) -> MasterClient {
         client(&[&self.grpc])
     }
 
-    pub async fn status(&self) -> StatusReply {
+    pub(crate) async fn status(&self) -> StatusReply {
         self.client().status_of(&self.grpc).await.expect("status")
     }
 
     /// Body of a GET, with the status code in front.
-    pub async fn http_get(&self, path: &str) -> String {
+    pub(crate) async fn http_get(&self, path: &str) -> String {
         let mut s = tokio::net::TcpStream::connect(&self.http).await.expect("connect");
         let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
         s.write_all(request.as_bytes()).await.expect("write");
@@ -122,18 +131,19 @@ impl Proc {
 }
 
 /// A client that is patient over an election.
-pub fn client(addrs: &[&str]) -> MasterClient {
+pub(crate) fn client(addrs: &[&str]) -> MasterClient {
     MasterClient::new(addrs.iter().map(|a| a.to_string()).collect()).expect("client").with_deadline(PATIENCE)
 }
 
 /// A group formed by a static list, all ready. `nodes[0]` is node 1.
-pub struct Group {
-    pub root: tempfile::TempDir,
-    pub nodes: Vec<Proc>,
+pub(crate) struct Group {
+    pub(crate) nodes: Vec<Proc>,
+    /// After the processes: they are killed before their data goes.
+    _root: tempfile::TempDir,
 }
 
 impl Group {
-    pub async fn start(n: u64, more: &[&str]) -> Group {
+    pub(crate) async fn start(n: u64, more: &[&str]) -> Group {
         let root = tempfile::tempdir().expect("dir");
         let peers: Vec<(u64, u16)> = (1..=n).map(|id| (id, free_port())).collect();
         let list = peers.iter().map(|(id, p)| format!("{id}=127.0.0.1:{p}")).collect::<Vec<_>>().join(",");
@@ -143,13 +153,13 @@ impl Group {
             args.extend(more.iter().map(|s| s.to_string()));
             nodes.push(Proc::new(root.path(), *id, &args));
         }
-        let mut g = Group { root, nodes };
+        let mut g = Group { nodes, _root: root };
         g.start_all().await;
         g
     }
 
     /// Starts those that do not run, together.
-    pub async fn start_all(&mut self) {
+    pub(crate) async fn start_all(&mut self) {
         let outs: Vec<_> = self.nodes.iter_mut().map(|n| n.child.is_none().then(|| n.spawn())).collect();
         for (n, out) in self.nodes.iter_mut().zip(outs) {
             if let Some(out) = out {
@@ -158,12 +168,12 @@ impl Group {
         }
     }
 
-    pub fn client(&self) -> MasterClient {
+    pub(crate) fn client(&self) -> MasterClient {
         client(&self.nodes.iter().map(|n| n.grpc.as_str()).collect::<Vec<_>>())
     }
 
     /// Position of the leader in `nodes`, once one leads.
-    pub async fn leader(&self) -> usize {
+    pub(crate) async fn leader(&self) -> usize {
         let c = self.client();
         // Only a leader answers this.
         c.list_workers().await.expect("a leader");
@@ -172,12 +182,12 @@ impl Group {
     }
 
     /// Position of a follower.
-    pub async fn follower(&self) -> usize {
+    pub(crate) async fn follower(&self) -> usize {
         (self.leader().await + 1) % self.nodes.len()
     }
 }
 
-pub fn dataset(name: &str) -> Dataset {
+pub(crate) fn dataset(name: &str) -> Dataset {
     let spec = SourceSpec::parse("s3://bucket/prefix", BTreeMap::new(), SecretRef::Env).expect("source");
     Dataset {
         name: name.into(),
@@ -191,7 +201,7 @@ pub fn dataset(name: &str) -> Dataset {
     }
 }
 
-pub fn worker(id: &str) -> WorkerInfo {
+pub(crate) fn worker(id: &str) -> WorkerInfo {
     WorkerInfo {
         id: id.into(),
         addr: "127.0.0.1:9000".into(),
@@ -202,7 +212,7 @@ pub fn worker(id: &str) -> WorkerInfo {
 }
 
 /// Asks again until `good`, or fails the test. For facts that have no event to wait for from outside.
-pub async fn eventually<T, F: Future<Output = T>>(
+pub(crate) async fn eventually<T, F: Future<Output = T>>(
     what: &str,
     mut ask: impl FnMut() -> F,
     good: impl Fn(&T) -> bool,

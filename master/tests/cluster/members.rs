@@ -1,8 +1,6 @@
 //! Workers, their ring, and client sessions, seen from outside.
 
-mod common;
-
-use common::{PATIENCE, Proc, dataset, worker};
+use crate::harness::{PATIENCE, Proc, dataset, worker};
 use efc_client::master::MasterClient;
 use efc_client::ring::RingWatch;
 use efc_common::Kind;
@@ -134,7 +132,9 @@ async fn sessions_are_kept_resumed_and_expire() {
     keep(again.incarnation).await.expect("keep");
     assert_eq!(c.list_sessions().await.expect("list")[0].client, "host:2:/mnt");
     // Silent, it ends: the dataset can be deleted, and resuming gives a new one.
-    common::eventually("expiry", || c.list_sessions(), |l| l.as_ref().is_ok_and(Vec::is_empty)).await.expect("list");
+    crate::harness::eventually("expiry", || c.list_sessions(), |l| l.as_ref().is_ok_and(Vec::is_empty))
+        .await
+        .expect("list");
     assert!(keep(again.incarnation).await.is_err_and(|e| e.is(Kind::NotFound)));
     let new = c.open_session("host:2:/mnt", "d", SessionId(s.session)).await.expect("open");
     assert_ne!(new.session, s.session);
