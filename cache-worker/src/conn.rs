@@ -18,8 +18,8 @@ use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use efc_proto::data;
 use efc_proto::frame::{self, Head, ITEMS_MAX, Message, PROTOCOL_VERSION};
-use futures::StreamExt;
 use efc_proto::status::to_fail;
+use futures::StreamExt;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -55,7 +55,13 @@ pub(crate) struct Replier {
 
 impl Replier {
     /// Queues an answer; waits while the queue is full.
-    pub(crate) async fn send(&self, message: &Message, parts: Vec<Part>, bulk: usize, holds: Vec<Arc<Hold>>) -> Result<()> {
+    pub(crate) async fn send(
+        &self,
+        message: &Message,
+        parts: Vec<Part>,
+        bulk: usize,
+        holds: Vec<Arc<Hold>>,
+    ) -> Result<()> {
         let head = frame::encode_head(self.request, 0, message, bulk)?;
         let gone = |_| Error::new(Kind::Cancelled, "the asker has gone");
         self.out.send(Outgoing { head, parts, _holds: holds }).await.map_err(gone)

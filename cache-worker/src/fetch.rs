@@ -4,7 +4,7 @@
 //! and no copy is made in between. A fetch holds its bytes from the process's budget before it asks the origin, so memory is bounded
 //! however many clients miss at once.
 
-use crate::flight::{Filled, FileVersion, Flight, Flights, Landing, Piece};
+use crate::flight::{FileVersion, Filled, Flight, Flights, Landing, Piece};
 use crate::store::{InsertOptions, Inserted, Store};
 use bytes::Bytes;
 use efc_common::block::segment_len;
@@ -98,7 +98,9 @@ impl Fetcher {
                 if index == flight.segments.end {
                     return Err(Error::new(Kind::Io, "the origin sent more than it was asked for"));
                 }
-                let Some((pieces, sums)) = cutter.take(&mut piece, segment_len(file.size, index) as usize) else { break };
+                let Some((pieces, sums)) = cutter.take(&mut piece, segment_len(file.size, index) as usize) else {
+                    break;
+                };
                 flight.put(index, Filled::Fresh { pieces: pieces.clone(), sums: sums.clone(), hold: hold.clone() });
                 if inserts.len() >= INSERTS_MAX {
                     inserts.join_next().await;
@@ -124,6 +126,9 @@ fn insert(store: &Store, flight: &Flight, index: u32, pieces: &[Bytes], sums: &[
     }
 }
 
+/// A segment as it came: its pieces and its granules' checksums.
+type Whole = (Arc<[Bytes]>, Arc<[u32]>);
+
 /// Cuts a stream of pieces into segments and sums their granules.
 #[derive(Default)]
 struct Cutter {
@@ -134,7 +139,7 @@ struct Cutter {
 
 impl Cutter {
     /// Takes from `piece` what the segment of `len` bytes still needs; the segment when it is whole.
-    fn take(&mut self, piece: &mut Bytes, len: usize) -> Option<(Arc<[Bytes]>, Arc<[u32]>)> {
+    fn take(&mut self, piece: &mut Bytes, len: usize) -> Option<Whole> {
         let part = piece.split_to(piece.len().min(len - self.have));
         self.sums.update(&part);
         self.have += part.len();
@@ -157,7 +162,7 @@ mod tests {
         #[test]
         fn segments_come_out_whole_whatever_the_pieces(cuts in proptest::collection::vec(1usize..90_000, 1..40)) {
             let total: usize = cuts.iter().sum();
-            let data = Bytes::from((0..total).map(|i| (i * 31 >> 3) as u8).collect::<Vec<_>>());
+            let data = Bytes::from((0..total).map(|i| ((i * 31) >> 3) as u8).collect::<Vec<_>>());
             let size = total as u64;
             let mut cutter = Cutter::default();
             let (mut at, mut index, mut got) = (0, 0, Vec::new());
@@ -168,7 +173,7 @@ mod tests {
                     let Some((pieces, sums)) = cutter.take(&mut piece, segment_len(size, index) as usize) else { break };
                     let whole = pieces.concat();
                     prop_assert_eq!(whole.len(), segment_len(size, index) as usize);
-                    prop_assert_eq!(sums.as_ref(), granule_sums(&whole).as_slice());
+                    prop_assert_eq!(sums.to_vec(), granule_sums(&whole));
                     got.extend(whole);
                     index += 1;
                 }

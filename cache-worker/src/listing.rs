@@ -97,7 +97,12 @@ impl Listings {
     }
 
     /// The listing of `dir`, asked of the origin no longer than `max_age` ago or after this call; and whether it was for it.
-    pub(crate) async fn get(self: &Arc<Self>, source: Arc<Source>, dir: Bytes, max_age: Duration) -> Result<(Arc<Listing>, bool)> {
+    pub(crate) async fn get(
+        self: &Arc<Self>,
+        source: Arc<Source>,
+        dir: Bytes,
+        max_age: Duration,
+    ) -> Result<(Arc<Listing>, bool)> {
         if !source.backend.capabilities().shared_listing {
             return Err(Error::new(Kind::Unsupported, "listings of this source are not shared; ask the origin"));
         }
@@ -172,8 +177,11 @@ impl Listings {
             let next = page.next.clone();
             encoder.add(page)?;
             if counted.grow_to(encoder.bytes as u64) > self.budget as u64 {
-                return Err(Error::new(Kind::Exhausted, "the worker has no room for the listing of so large a directory")
-                    .with("room", show_bytes(self.budget as u64)));
+                return Err(Error::new(
+                    Kind::Exhausted,
+                    "the worker has no room for the listing of so large a directory",
+                )
+                .with("room", show_bytes(self.budget as u64)));
             }
             match next {
                 None => return Ok(encoder.finish()),
@@ -214,6 +222,11 @@ impl Listings {
         }
         t.slots.retain(|_, s| s.walk.is_some());
         t.bytes = 0;
+    }
+
+    /// Bytes that may be kept.
+    pub(crate) fn budget_bytes(&self) -> u64 {
+        self.budget as u64
     }
 
     /// Bytes kept.

@@ -109,11 +109,16 @@ impl Server {
         Busy { server: self.clone() }
     }
 
+    /// Is a request under way?
+    pub(crate) fn is_busy(&self) -> bool {
+        self.busy.load(Relaxed) > 0
+    }
+
     /// Waits until no request is under way.
     pub(crate) async fn quiet(&self) {
         loop {
             let notified = self.quiet.notified();
-            if self.busy.load(Relaxed) == 0 {
+            if !self.is_busy() {
                 return;
             }
             notified.await;
@@ -231,7 +236,10 @@ pub(crate) async fn bind_unix(path: &Path) -> Result<(UnixListener, UnixDoor)> {
     let named = |e: Error| e.with("unix", path.display());
     if std::fs::symlink_metadata(path).is_ok() {
         if UnixStream::connect(path).await.is_ok() {
-            return Err(named(Error::new(Kind::AlreadyExists, "another process serves this socket; choose another --unix path")));
+            return Err(named(Error::new(
+                Kind::AlreadyExists,
+                "another process serves this socket; choose another --unix path",
+            )));
         }
         std::fs::remove_file(path).context("replace the old socket").map_err(named)?;
     }

@@ -33,12 +33,17 @@ const TIER_READS_MAX: usize = 32;
 pub(crate) struct Served {
     exported: [Counter; 3],
     bytes: [AtomicU64; 3],
+    frames: AtomicU64,
 }
 
 impl Served {
     fn new() -> Self {
         let of = |tier: &'static str| counter!("efc_cache_served_bytes_total", "tier" => tier);
-        Served { exported: [of("memory"), of("disk"), of("origin")], bytes: Default::default() }
+        Served {
+            exported: [of("memory"), of("disk"), of("origin")],
+            bytes: Default::default(),
+            frames: AtomicU64::new(0),
+        }
     }
 
     fn add(&self, tier: data::Tier, bytes: usize) {
@@ -49,6 +54,12 @@ impl Served {
         };
         self.exported[i].increment(bytes as u64);
         self.bytes[i].fetch_add(bytes as u64, Relaxed);
+        self.frames.fetch_add(1, Relaxed);
+    }
+
+    /// Frames sent.
+    pub(crate) fn frames(&self) -> u64 {
+        self.frames.load(Relaxed)
     }
 
     /// Memory, disk, origin.
@@ -225,7 +236,9 @@ impl Service {
                             }
                         }
                         Filled::Fresh { pieces, sums, hold } => {
-                            let Some(window) = hold_for_frame(to.window(), part.len(), empty).await else { return Ok(false) };
+                            let Some(window) = hold_for_frame(to.window(), part.len(), empty).await else {
+                                return Ok(false);
+                            };
                             cut(&pieces, &part, &mut run.parts);
                             run.holds.extend([window, hold]);
                             run.add(data::Tier::Origin, &part, &sums);
@@ -252,7 +265,14 @@ impl Service {
     }
 
     /// Adds a stored segment: from its file as it is, or read and verified. False if there is no room for the latter in this frame.
-    async fn add_stored(&self, run: &mut Run, segment: Segment, tier: data::Tier, part: &Range<u32>, to: &Replier) -> Result<bool> {
+    async fn add_stored(
+        &self,
+        run: &mut Run,
+        segment: Segment,
+        tier: data::Tier,
+        part: &Range<u32>,
+        to: &Replier,
+    ) -> Result<bool> {
         if segment.sendable() {
             run.add(tier, part, segment.sums());
             run.parts.push(Part::Stored { segment, from: part.start, len: part.len() as u32 });

@@ -25,7 +25,7 @@ use efc_common::checksum::crc32c;
 use efc_common::id::{ContentId, SourceId, WorkerId};
 use efc_common::metrics::counter;
 use efc_common::node::Entry;
-use efc_common::ring::{Member, Ring, RingKey};
+use efc_common::ring::RingKey;
 use efc_common::source::{SourceSpec, StaticKeys};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
@@ -137,52 +137,6 @@ pub struct SharedListing {
     pub hidden: Vec<(Bytes, String)>,
 }
 
-/// Makes something of a worker's answer, given its first frame. A trait and not a closure, because the compiler cannot see that
-/// the future of an async closure over borrowed arguments is `Send`.
-trait Take<T>: Sync {
-    fn take(
-        &self,
-        conn: &Arc<Connection>,
-        first: Frame,
-        answers: &mut Answers,
-    ) -> impl Future<Output = Result<T>> + Send;
-}
-
-/// Bytes that a fill fetched.
-struct TakeFilled;
-
-impl Take<u64> for TakeFilled {
-    async fn take(&self, _: &Arc<Connection>, first: Frame, _: &mut Answers) -> Result<u64> {
-        match first.message {
-            Message::Data(d) => Ok(d.filled as u64),
-            m => Err(unexpected(&m)),
-        }
-    }
-}
-
-/// The first message, as it is.
-struct TakeMessage;
-
-impl Take<Message> for TakeMessage {
-    async fn take(&self, _: &Arc<Connection>, first: Frame, _: &mut Answers) -> Result<Message> {
-        Ok(first.message)
-    }
-}
-
-/// A listing of several frames.
-struct TakeListing<'a>(&'a Inner);
-
-impl Take<SharedListing> for TakeListing<'_> {
-    async fn take(&self, conn: &Arc<Connection>, first: Frame, answers: &mut Answers) -> Result<SharedListing> {
-        let mut listing = SharedListing::default();
-        let mut frame = first;
-        while !add_listing(&mut listing, frame)? {
-            frame = self.0.next_frame(conn, answers).await?;
-        }
-        Ok(listing)
-    }
-}
-
 /// The workers, as a cache of one source.
 #[derive(Clone)]
 pub struct Peers {
@@ -247,7 +201,11 @@ impl Peers {
         check_range(file, &range)?;
         let message = data::Read { fill_only: true, ..wire_read(file, &range, ReadFlags::default()) };
         let key = self.inner.block_key(file, range.start);
-        self.inner.ask_owners(key, &message.into(), 0, &TakeFilled).await
+        let frames = self.inner.ask_owners(key, &message.into(), 0).await?;
+        match frames.into_iter().next().map(|f| f.message) {
+            Some(Message::Data(d)) => Ok(d.filled as u64),
+            m => Err(unexpected(&m)),
+        }
     }
 
     /// The listing of directory `dir`, no older than `max_age`. `known`: version the caller has (0: none).
@@ -258,7 +216,12 @@ impl Peers {
         let key = RingKey::directory(self.inner.source, dir);
         let max_age_ms = u64::try_from(max_age.as_millis()).unwrap_or(u64::MAX);
         let message = data::List { slot: pool::SLOT, dir: dir.clone(), max_age_ms, known };
-        self.inner.ask_owners(key, &message.into(), LISTING_BYTES_MAX, &TakeListing(&self.inner)).await
+        let frames = self.inner.ask_owners(key, &message.into(), LISTING_BYTES_MAX).await?;
+        let mut listing = SharedListing::default();
+        for frame in frames {
+            add_listing(&mut listing, frame).map_err(|e| no_worker(Some(e)))?;
+        }
+        Ok(listing)
     }
 
     /// Looks at, evicts, pins or unpins the cached segments of one file version, at every worker.
@@ -281,7 +244,7 @@ impl Peers {
                     sum.bytes += m.bytes;
                     sum.pinned_bytes += m.pinned_bytes;
                 }
-                m => return Err(unexpected(&m)),
+                m => return Err(unexpected(&Some(m))),
             }
         }
         Ok(sum)
@@ -299,19 +262,23 @@ impl Peers {
 
     async fn stats_of(&self, message: Message) -> Vec<(WorkerId, Result<data::CacheStats>)> {
         let answers = self.ask_all(&message).await;
-        let stats = |m: Message| if let Message::CacheStats(s) = m { Ok(s) } else { Err(unexpected(&m)) };
+        let stats = |m: Message| if let Message::CacheStats(s) = m { Ok(s) } else { Err(unexpected(&Some(m))) };
         answers.into_iter().map(|(id, r)| (id, r.and_then(stats))).collect()
     }
 
     async fn ask_all(&self, message: &Message) -> Vec<(WorkerId, Result<Message>)> {
         let ring = self.inner.ring.current();
-        let asks = ring.members().iter().map(async |member| {
-            let remote = self.inner.remote(&ring, member);
-            let answer = match remote.closed_circuit() {
-                Err(e) => Err(e),
-                Ok(()) => self.inner.ask_one(&remote, message, 0, &TakeMessage).await,
-            };
-            (member.id.clone(), answer)
+        let asks = ring.members().iter().map(|member| {
+            let (inner, id) = (self.inner.clone(), member.id.clone());
+            let (remote, message) = (inner.pool.remote(&ring, member), message.clone());
+            async move {
+                let answer = match remote.closed_circuit() {
+                    Err(e) => Err(e),
+                    Ok(()) => inner.ask_one(&remote, &message, 0).await,
+                };
+                let first = answer.map(|frames| frames.into_iter().next().map(|f| f.message));
+                (id, first.and_then(|m| m.ok_or_else(|| unexpected(&None))))
+            }
         });
         join_all(asks).await
     }
@@ -322,22 +289,18 @@ impl Inner {
         RingKey::block(ContentId::new(self.source, &file.locator, &file.version), offset)
     }
 
-    fn remote(&self, ring: &Ring, member: &Member) -> Arc<Remote> {
-        self.pool.remote(ring, member)
-    }
-
     /// The owners of `key` whose circuit is closed, best first.
     fn owners(&self, key: RingKey) -> Vec<Arc<Remote>> {
         let ring = self.ring.current();
         let owners = ring.owners(key, OWNERS).into_iter();
-        owners.map(|m| self.remote(&ring, m)).filter(|r| r.closed_circuit().is_ok()).collect()
+        owners.map(|m| self.pool.remote(&ring, m)).filter(|r| r.closed_circuit().is_ok()).collect()
     }
 
-    /// Asks the owners of `key` in turn until `take` makes something of an answer.
-    async fn ask_owners<T>(&self, key: RingKey, message: &Message, bulk_max: usize, take: &impl Take<T>) -> Result<T> {
+    /// Asks the owners of `key` in turn until one answers; all frames of the answer.
+    async fn ask_owners(&self, key: RingKey, message: &Message, bulk_max: usize) -> Result<Vec<Frame>> {
         let mut last = None;
         for remote in self.owners(key) {
-            match self.ask_one(&remote, message, bulk_max, take).await {
+            match self.ask_one(&remote, message, bulk_max).await {
                 Err(e) if next_owner_may_help(&e) => {
                     count_error(&e);
                     last = Some(e);
@@ -348,25 +311,13 @@ impl Inner {
         Err(no_worker(last))
     }
 
-    async fn ask_one<T>(
-        &self,
-        remote: &Arc<Remote>,
-        message: &Message,
-        bulk_max: usize,
-        take: &impl Take<T>,
-    ) -> Result<T> {
+    /// Asks one worker, once more on a new connection if the pooled one was stale; all frames of the answer.
+    async fn ask_one(&self, remote: &Arc<Remote>, message: &Message, bulk_max: usize) -> Result<Vec<Frame>> {
         let deadline = Instant::now() + self.options.deadline;
         let mut fresh = false;
         loop {
             let (conn, mut answers) = self.send(remote, message, deadline, bulk_max, &mut fresh).await?;
-            let answer = async {
-                let frame = self.next_frame(&conn, &mut answers).await?;
-                match frame.message {
-                    Message::Fail(f) => Err(from_fail(&f)),
-                    _ => take.take(&conn, frame, &mut answers).await,
-                }
-            };
-            match answer.await {
+            match self.all_frames(&conn, &mut answers).await {
                 Err(e) if conn.broken().is_some() && !fresh => {
                     tracing::debug!(error = %e, "pooled connection was stale; asking again on a new one");
                     fresh = true;
@@ -376,6 +327,23 @@ impl Inner {
                     return Err(e);
                 }
                 other => return other,
+            }
+        }
+    }
+
+    async fn all_frames(&self, conn: &Arc<Connection>, answers: &mut Answers) -> Result<Vec<Frame>> {
+        let mut frames = Vec::new();
+        loop {
+            let frame = self.next_frame(conn, answers).await?;
+            let last = match &frame.message {
+                Message::Fail(f) => return Err(from_fail(f)),
+                Message::Listing(l) => l.last,
+                Message::Data(d) => d.last,
+                _ => true,
+            };
+            frames.push(frame);
+            if last {
+                return Ok(frames);
             }
         }
     }
@@ -476,12 +444,11 @@ fn answer_bytes(file: &FileRef, range: &Range<u64>) -> usize {
     (wide.end - wide.start) as usize
 }
 
-/// Adds a frame to a listing; true after the last.
-fn add_listing(listing: &mut SharedListing, frame: Frame) -> Result<bool> {
+/// Adds a frame to a listing.
+fn add_listing(listing: &mut SharedListing, frame: Frame) -> Result<()> {
     let head = match frame.message {
         Message::Listing(l) => l,
-        Message::Fail(f) => return Err(from_fail(&f)),
-        m => return Err(unexpected(&m)),
+        m => return Err(unexpected(&Some(m))),
     };
     if crc32c(&frame.bulk) != head.bulk_sum {
         return Err(Error::new(Kind::Corrupt, "listing does not match its checksum"));
@@ -497,7 +464,7 @@ fn add_listing(listing: &mut SharedListing, frame: Frame) -> Result<bool> {
         listing.entries.push(entry_from_wire(e)?);
     }
     listing.hidden.extend(part.hidden.into_iter().map(|h| (h.name, h.reason)));
-    Ok(head.last)
+    Ok(())
 }
 
 /// Joins chunks that follow each other; one chunk is not copied.

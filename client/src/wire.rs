@@ -310,7 +310,7 @@ impl Connection {
                 Err(_) => Err(Error::new(Kind::Corrupt, "worker sent a source id of the wrong length")),
             },
             Message::Fail(f) => Err(from_fail(&f)),
-            m => Err(unexpected(&m)),
+            m => Err(unexpected(&Some(m))),
         }
     }
 
@@ -323,7 +323,7 @@ impl Connection {
         match answers.next().await?.message {
             Message::Hello(_) => Ok(()),
             Message::Fail(f) => Err(from_fail(&f)),
-            m => Err(unexpected(&m)),
+            m => Err(unexpected(&Some(m))),
         }
     }
 }
@@ -333,9 +333,10 @@ fn hello(me: &Identity) -> data::Hello {
     data::Hello { protocol: PROTOCOL_VERSION, cluster, peer, epoch, requests: 0 }
 }
 
-/// The error of an answer that does not fit its question.
-pub(crate) fn unexpected(m: &Message) -> Error {
-    Error::new(Kind::Corrupt, "worker sent an answer that does not fit").with("message", m.name())
+/// The error of an answer that does not fit its question, or of none.
+pub(crate) fn unexpected(m: &Option<Message>) -> Error {
+    let name = m.as_ref().map_or("none", Message::name);
+    Error::new(Kind::Corrupt, "worker sent an answer that does not fit").with("message", name)
 }
 
 /// The answers of one request, in the order the worker sent them. Dropping it cancels the request on this side.

@@ -4,7 +4,7 @@
 use super::pool::Remote;
 use super::read::verify;
 use super::{Chunk, FileRef, Inner, ReadFlags, ReadStream, answer_bytes, check_range, next_owner_may_help, wire_read};
-use crate::wire::{Answers, Connection};
+use crate::wire::{Answers, Connection, unexpected};
 use efc_common::block::widen;
 use efc_common::{Error, Kind, Result};
 use efc_proto::data;
@@ -183,7 +183,7 @@ impl Batch {
         let (number, failed) = match &frame.message {
             Message::Data(d) => (d.item as usize, None),
             Message::Fail(f) => (f.item as usize, Some(from_fail(f))),
-            m => return Err(crate::wire::unexpected(m)),
+            _ => return Err(unexpected(&Some(frame.message))),
         };
         let Some(entry) = self.pending.get_mut(number).filter(|p| p.is_some()) else {
             return Err(Error::new(Kind::Corrupt, "worker answered an item that was not asked for"));

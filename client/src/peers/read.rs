@@ -160,7 +160,7 @@ pub(super) fn verify(frame: Frame, wide: &mut Range<u64>) -> Result<Chunk> {
     let d = match frame.message {
         Message::Data(d) => d,
         Message::Fail(f) => return Err(from_fail(&f)),
-        m => return Err(unexpected(&m)),
+        m => return Err(unexpected(&Some(m))),
     };
     let end = d.offset.saturating_add(frame.bulk.len() as u64);
     if d.offset != wide.start || frame.bulk.is_empty() || end > wide.end || (d.last && end != wide.end) {
