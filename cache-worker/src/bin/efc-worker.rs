@@ -83,7 +83,7 @@ struct Args {
     drain_timeout: String,
     /// Log filter, for example info or info,efc_worker=debug
     #[arg(long, default_value = "info", env = "EFC_LOG")]
-    log: String,
+    log_level: String,
     /// text or json
     #[arg(long, default_value = "text")]
     log_format: String,
@@ -114,7 +114,7 @@ fn run(args: Args) -> Result<()> {
         die_with_parent()?;
     }
     few_arenas();
-    efc_common::log::install(&args.log, args.log_format.parse()?, args.log_file.as_deref())?;
+    efc_common::log::install(&args.log_level, args.log_format.parse()?, args.log_file.as_deref())?;
     let config = config(&args)?;
     let drain = parse_duration(&args.drain_timeout).context("--drain-timeout")?;
     let metrics = efc_common::metrics::install()?;
