@@ -145,9 +145,7 @@ async fn serve(
         _ = int.recv() => return Ok(()),
     };
     tracing::info!(id, addr = worker.addr(), "serving");
-    if let Some(fd) = ready_fd {
-        report_ready(fd, &id, &worker)?;
-    }
+    report_ready(ready_fd, &id, &worker)?;
     tokio::select! {
         _ = term.recv() => {}
         _ = int.recv() => {}
@@ -214,20 +212,23 @@ fn config(args: &Args) -> Result<WorkerConfig> {
 }
 
 /// One line for whoever started us.
-fn report_ready(fd: i32, id: &str, worker: &Worker) -> Result<()> {
+fn report_ready(fd: Option<i32>, id: &str, worker: &Worker) -> Result<()> {
     let line = serde_json::json!({
         "data": worker.addr(),
         "unix": worker.unix().map(|p| p.display().to_string()).unwrap_or_default(),
         "http": worker.http().map(|a| a.to_string()).unwrap_or_default(),
         "id": id,
     });
-    ensure!(fd > 2, "--ready-fd must be above 2");
+    let mut out = std::io::stdout();
+    writeln!(out, "{line}").and_then(|()| out.flush()).context("write the ready line to stdout")?;
+    let Some(fd) = fd else { return Ok(()) };
+    ensure!(fd > 2, "--ready-fd {fd} is one of the standard descriptors; pass another one");
     // SAFETY: only asks whether the number is open, and touches no memory.
     let open = unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0;
     ensure!(open, "--ready-fd {fd} is not open");
     // SAFETY: the descriptor is open, was given to us to write to, and nothing else in the process uses it; it is closed after.
     let mut out = unsafe { std::fs::File::from_raw_fd(fd) };
-    writeln!(out, "{line}").context("write to --ready-fd")
+    writeln!(out, "1").context("write to --ready-fd")
 }
 
 fn die_with_parent() -> Result<()> {
