@@ -6,11 +6,13 @@ use efc_client::peers::host_name;
 use efc_common::units::{parse_bytes, parse_duration, show_bytes};
 use efc_worker::store::{DiskTier, MemoryTier, Policy, StoreConfig};
 use efc_worker::{Connector, Worker, WorkerConfig};
+use std::fs::File;
 use std::io::Write;
-use std::os::fd::FromRawFd;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// What the process needs beside its budgets: code, stacks, connections, tables.
@@ -81,19 +83,19 @@ struct Args {
     /// On SIGTERM: serve on for at most this long while clients go to other workers
     #[arg(long, default_value = "30s")]
     drain_timeout: String,
-    /// Log filter, for example info or info,efc_worker=debug
+    /// Filter of log lines, for example info or info,efc_worker=debug
     #[arg(long, default_value = "info", env = "EFC_LOG")]
     log_level: String,
-    /// text or json
+    /// Shape of log lines: text or json
     #[arg(long, default_value = "text")]
     log_format: String,
     /// Append the log to this file instead of stderr
     #[arg(long, value_name = "PATH")]
     log_file: Option<PathBuf>,
-    /// When ready, write one line of JSON with the addresses to this file descriptor
-    #[arg(long, value_name = "FD")]
-    ready_fd: Option<i32>,
-    /// Die when the parent process dies
+    /// When ready, write the line of JSON with the addresses to this inherited file descriptor instead of stdout
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    ready_fd: RawFd,
+    /// Stops when the process that started it ends
     #[arg(long)]
     parent_death: bool,
 }
@@ -110,13 +112,11 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
-    if args.parent_death {
-        die_with_parent()?;
-    }
     few_arenas();
     efc_common::log::install(&args.log_level, args.log_format.parse()?, args.log_file.as_deref())?;
     let config = config(&args)?;
     let drain = parse_duration(&args.drain_timeout).context("--drain-timeout")?;
+    let ready = ready_file(args.ready_fd)?;
     let metrics = efc_common::metrics::install()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -124,17 +124,28 @@ fn run(args: Args) -> Result<()> {
         .thread_name("efc-worker")
         .build()
         .context("start the runtime")?;
-    runtime.block_on(serve(config, drain, args.ready_fd, Arc::new(move || metrics.render())))
+    runtime.block_on(async {
+        let parent = if args.parent_death { Some(parent_watch()?) } else { None };
+        let parent_gone = async {
+            match &parent {
+                Some(fd) => drop(fd.readable().await),
+                None => std::future::pending().await,
+            }
+        };
+        serve(config, drain, ready, Arc::new(move || metrics.render()), parent_gone).await
+    })
 }
 
 async fn serve(
     config: WorkerConfig,
     drain: Duration,
-    ready_fd: Option<i32>,
+    ready: Option<File>,
     metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    parent_gone: impl Future<Output = ()>,
 ) -> Result<()> {
     let mut term = signal(SignalKind::terminate()).context("listen to SIGTERM")?;
     let mut int = signal(SignalKind::interrupt()).context("listen to SIGINT")?;
+    let mut parent_gone = std::pin::pin!(parent_gone);
     let id = config.id.clone();
     let connect: Connector =
         Arc::new(|spec, keys| Box::pin(async move { efc_backend::connect(&spec, keys.as_ref()).await }));
@@ -143,14 +154,16 @@ async fn serve(
         w = starting => w?,
         _ = term.recv() => return Ok(()),
         _ = int.recv() => return Ok(()),
+        () = &mut parent_gone => return Ok(()),
     };
     tracing::info!(id, addr = worker.addr(), "serving");
-    report_ready(ready_fd, &id, &worker)?;
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
-    }
-    tracing::info!("stopping");
+    say_ready(ready, &id, &worker)?;
+    let why = tokio::select! {
+        _ = term.recv() => "SIGTERM",
+        _ = int.recv() => "SIGINT",
+        () = &mut parent_gone => "the parent process ended",
+    };
+    tracing::info!(why, "stopping");
     tokio::select! {
         () = worker.stop(drain) => {}
         // A second signal: now.
@@ -211,28 +224,46 @@ fn config(args: &Args) -> Result<WorkerConfig> {
     Ok(c)
 }
 
+/// Takes over the descriptor the parent opened for us; `None` for stdout.
+fn ready_file(fd: RawFd) -> Result<Option<File>> {
+    if fd == 1 {
+        return Ok(None);
+    }
+    ensure!(fd > 2, "--ready-fd {fd} is not a descriptor to report on; pass 1 or one above 2");
+    // SAFETY: borrowed only to ask the kernel whether it is open; a closed number gives EBADF and nothing else.
+    let asked = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::io::fcntl_setfd(asked, rustix::io::FdFlags::CLOEXEC)
+        .with_context(|| format!("--ready-fd {fd} is not open"))?;
+    // SAFETY: it is open (just checked), was inherited for this very use, and nothing else in the process knows its number.
+    Ok(Some(File::from(unsafe { OwnedFd::from_raw_fd(fd) })))
+}
+
 /// One line for whoever started us.
-fn report_ready(fd: Option<i32>, id: &str, worker: &Worker) -> Result<()> {
+fn say_ready(out: Option<File>, id: &str, worker: &Worker) -> Result<()> {
     let line = serde_json::json!({
         "data": worker.addr(),
         "unix": worker.unix().map(|p| p.display().to_string()).unwrap_or_default(),
         "http": worker.http().map(|a| a.to_string()).unwrap_or_default(),
         "id": id,
     });
-    let mut out = std::io::stdout();
-    writeln!(out, "{line}").and_then(|()| out.flush()).context("write the ready line to stdout")?;
-    let Some(fd) = fd else { return Ok(()) };
-    ensure!(fd > 2, "--ready-fd {fd} is one of the standard descriptors; pass another one");
-    // SAFETY: only asks whether the number is open, and touches no memory.
-    let open = unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0;
-    ensure!(open, "--ready-fd {fd} is not open");
-    // SAFETY: the descriptor is open, was given to us to write to, and nothing else in the process uses it; it is closed after.
-    let mut out = unsafe { std::fs::File::from_raw_fd(fd) };
-    writeln!(out, "1").context("write to --ready-fd")
+    match out {
+        Some(mut file) => writeln!(file, "{line}").context("write to --ready-fd"),
+        None => {
+            let mut stdout = std::io::stdout().lock();
+            // A shell that does not listen is no reason to stop.
+            let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
+            Ok(())
+        }
+    }
 }
 
-fn die_with_parent() -> Result<()> {
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM)).context("PR_SET_PDEATHSIG")
+/// A descriptor that becomes readable when the parent process (not only the thread that spawned us) has ended.
+fn parent_watch() -> Result<AsyncFd<OwnedFd>> {
+    let parent = rustix::process::getppid().context("--parent-death: the parent is not visible from here")?;
+    let fd = rustix::process::pidfd_open(parent, rustix::process::PidfdFlags::empty()).context("--parent-death")?;
+    ensure!(rustix::process::getppid() == Some(parent), "--parent-death: the parent has ended");
+    // SAFETY: the OwnedFd is the one descriptor, stays the same and open for as long as the AsyncFd holds it.
+    unsafe { AsyncFd::register(fd) }.map_err(|e| anyhow::anyhow!("--parent-death: {e}"))
 }
 
 /// Keeps the allocator from holding a heap per thread: freed buffers of one are then room for all.
