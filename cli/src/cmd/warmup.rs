@@ -125,11 +125,11 @@ struct Filling {
 
 async fn fill(files: BoxStream<'static, Found>, at_once: usize, progress: &Progress) {
     let blocks = files.flat_map(|found| {
-        // An empty file has one empty range, so that it is counted when its turn comes.
-        let ranges: Vec<Range<u64>> = match found.file.size {
-            0 => vec![0..0],
-            size => split_blocks(0..size).collect(),
-        };
+        let mut ranges: Vec<Range<u64>> = split_blocks(0..found.file.size).collect();
+        if ranges.is_empty() {
+            // An empty file has one empty range, so that it is counted when its turn comes.
+            ranges.push(0..0);
+        }
         let left = AtomicU64::new(ranges.len() as u64);
         let file = Arc::new(Filling { found, blocks_left: left, failed: AtomicBool::new(false) });
         iter(ranges.into_iter().map(move |r| (file.clone(), r)))

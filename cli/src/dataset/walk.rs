@@ -45,7 +45,13 @@ pub(crate) struct Tree {
     /// Locators of directories of paths resolved before, by (mount, path below it).
     known: HashMap<(usize, Vec<Vec<u8>>), Bytes>,
     /// The listing used last: neighbours in a list of paths need one listing, and no request each.
-    last: Option<(usize, Vec<Vec<u8>>, HashMap<Bytes, Node>)>,
+    last: Option<Listed>,
+}
+
+/// A directory that was listed: (mount, path below it) and the nodes by name.
+struct Listed {
+    key: (usize, Vec<Vec<u8>>),
+    nodes: HashMap<Bytes, Node>,
 }
 
 /// A directory still to be listed.
@@ -126,12 +132,13 @@ impl Tree {
             let node = origin.backend.lookup(&dir, name).await.map_err(|e| not_there(e, below))?;
             return Ok((origin, node));
         }
-        if self.last.as_ref().is_none_or(|(o, p, _)| *o != at || p != parent) {
+        if self.last.as_ref().is_none_or(|l| l.key.0 != at || l.key.1 != parent) {
             let dir = self.directory(at, parent).await?;
             let entries = origin.list(&dir).await.map_err(|e| not_there(e, parent))?;
-            self.last = Some((at, parent.to_vec(), entries.into_iter().map(|e| (e.name, e.node)).collect()));
+            let nodes = entries.into_iter().map(|e| (e.name, e.node)).collect();
+            self.last = Some(Listed { key: (at, parent.to_vec()), nodes });
         }
-        let node = self.last.as_ref().and_then(|(_, _, l)| l.get(name.as_slice())).cloned();
+        let node = self.last.as_ref().and_then(|l| l.nodes.get(name.as_slice())).cloned();
         node.map(|n| (origin, n)).ok_or_else(|| not_there(Error::new(Kind::NotFound, ""), below))
     }
 
