@@ -132,7 +132,9 @@ pub(crate) struct WarmLine {
     pub(crate) bytes_total: u64,
     /// Bytes that came from the origin.
     pub(crate) origin_bytes: u64,
-    /// What failed: texts, or objects with `path` and `error`.
+    /// Paths that failed so far.
+    pub(crate) failed: u64,
+    /// Some of them: texts, or objects with `path` and `error`.
     pub(crate) errors: Vec<serde_json::Value>,
     /// The last line.
     pub(crate) done: bool,

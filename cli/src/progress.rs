@@ -99,6 +99,11 @@ impl Progress {
         f.count += 1;
     }
 
+    /// Counts failures that nobody described.
+    pub(crate) fn fail_untold(&self, more: u64) {
+        self.failures.lock().count += more;
+    }
+
     /// How many paths failed, and the first of them.
     pub(crate) fn failures(&self) -> (u64, Vec<Failure>) {
         let f = self.failures.lock();

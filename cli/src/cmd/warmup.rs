@@ -182,6 +182,9 @@ async fn warm_mounted(mountpoint: &Path, paths: &[String], progress: &Progress) 
         add(&progress.origin_bytes, line.origin_bytes, before.origin_bytes);
         let new = line.errors.iter().filter(|e| !before.errors.contains(e));
         new.for_each(|e| progress.fail_text(failure(mountpoint, e)));
+        if line.done {
+            progress.fail_untold(line.failed.saturating_sub(line.errors.len() as u64));
+        }
         before = line;
     };
     mounts::warm(mountpoint, paths, each).await
