@@ -1,0 +1,106 @@
+//! A mount that cannot come up: exit code, one sentence that says what and how to mend it, nothing left mounted.
+
+use efc_e2e::program;
+use efc_testkit::oss::{OssOptions, OssServer};
+use efc_testkit::process::scratch;
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// Runs `efc-fuse mount` to its end under a deadline.
+fn mount(source: &str, mountpoint: &Path, options: &str, keys: (&str, &str)) -> Output {
+    let mut c = Command::new("timeout");
+    c.arg("60").arg(program("efc-fuse").expect("built")).arg("mount").arg(source).arg(mountpoint);
+    let data = mountpoint.with_extension("data");
+    let log = mountpoint.with_extension("log");
+    c.arg("-o").arg(format!("data_dir={}", data.display())).arg("--log-file").arg(log);
+    if !options.is_empty() {
+        c.arg("-o").arg(options);
+    }
+    c.env("AWS_ACCESS_KEY_ID", keys.0).env("AWS_SECRET_ACCESS_KEY", keys.1);
+    c.output().expect("run efc-fuse")
+}
+
+fn refused(what: &str, out: &Output, code: i32, says: &[&str], mountpoint: &Path) {
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(code), "{what}: {said}");
+    assert_eq!(said.trim().lines().count(), 1, "{what}: one sentence, not: {said}");
+    for word in says {
+        assert!(said.contains(word), "{what}: `{word}` is not in: {said}");
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+    assert!(!mounts.contains(&format!(" {} ", mountpoint.display())), "{what}: left mounted");
+}
+
+#[test]
+fn every_mistake_is_named_and_leaves_nothing_behind() {
+    let server = OssServer::start_with(OssOptions::s3()).expect("server");
+    server.create_bucket("there");
+    let keys = server.target();
+    let good = (keys.key_id.as_str(), keys.secret.as_str());
+    let dir = scratch("errors").expect("dir");
+    let mnt = dir.path().join("mnt");
+    std::fs::create_dir(&mnt).expect("mountpoint");
+    let endpoint = format!("endpoint={}", server.endpoint());
+
+    let out = mount("s3://nowhere", &mnt, &endpoint, good);
+    refused("wrong bucket", &out, 3, &["bucket", "nowhere"], &mnt);
+    let out = mount("s3://there", &mnt, &endpoint, (good.0, "wrong"));
+    refused("wrong key", &out, 4, &["refused", "secret"], &mnt);
+    let out = mount("s3://there", &mnt, "endpoint=http://127.0.0.1:9,timeout=2s", good);
+    refused("unreachable host", &out, 5, &["127.0.0.1:9"], &mnt);
+    let out = mount("s3://there", &mnt, "nonsense=1", good);
+    refused("unknown option", &out, 2, &["nonsense", "--help"], &mnt);
+    let out = mount("ftp://there", &mnt, "", good);
+    refused("unknown scheme", &out, 2, &["ftp"], &mnt);
+    let out = mount("dataset://there", &mnt, "", good);
+    refused("dataset without masters", &out, 2, &["master="], &mnt);
+    let out = mount("file:///nonexistent/dir", &mnt, "", good);
+    refused("missing directory", &out, 3, &["/nonexistent/dir"], &mnt);
+    let out = mount("nfs://127.0.0.1:9/export", &mnt, "timeout=2s,mount_port=9", good);
+    refused("no NFS server", &out, 5, &["127.0.0.1"], &mnt);
+    let absent = dir.path().join("absent");
+    let out = mount("s3://there", &absent, &endpoint, good);
+    refused("missing mountpoint", &out, 3, &["absent", "create"], &absent);
+    let file = dir.path().join("file");
+    std::fs::write(&file, b"x").expect("file");
+    let out = mount("s3://there", &file, &endpoint, good);
+    refused("mountpoint is a file", &out, 3, &["not a directory"], &file);
+}
+
+#[test]
+fn a_busy_mountpoint_is_refused_and_left_as_it_was() {
+    let dir = scratch("busy").expect("dir");
+    let (src, mnt) = (dir.path().join("src"), dir.path().join("mnt"));
+    std::fs::create_dir(&src).expect("src");
+    std::fs::create_dir(&mnt).expect("mnt");
+    let source = format!("file://{}", src.display());
+    let first = mount(&source, &mnt, "", ("", ""));
+    assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
+    let again = mount(&source, &mnt, "", ("", ""));
+    let umount = || Command::new("timeout").arg("30").arg(program("efc-fuse").expect("built")).arg("umount").arg(&mnt).output();
+    let gone = umount().expect("umount");
+    let said = String::from_utf8_lossy(&again.stderr);
+    assert_eq!(again.status.code(), Some(6), "{said}");
+    assert!(said.contains("already a mount point"), "{said}");
+    assert!(gone.status.success(), "{}", String::from_utf8_lossy(&gone.stderr));
+    // A second unmount says so.
+    assert_eq!(umount().expect("umount").status.code(), Some(3));
+}
+
+#[test]
+fn without_dev_fuse_the_cure_is_named() {
+    let dir = scratch("nofuse").expect("dir");
+    let mnt = dir.path().join("mnt");
+    std::fs::create_dir(&mnt).expect("mnt");
+    // A mount namespace of its own, where /dev holds nothing but null.
+    let script = "mount -t tmpfs none /dev && mknod /dev/null c 1 3 && exec \"$0\" \"$@\"";
+    let out = Command::new("timeout")
+        .args(["60", "unshare", "-m", "sh", "-c", script])
+        .arg(program("efc-fuse").expect("built"))
+        .arg("mount")
+        .arg(format!("file://{}", dir.path().display()))
+        .arg(&mnt)
+        .output()
+        .expect("run");
+    refused("no /dev/fuse", &out, 7, &["/dev/fuse"], &mnt);
+}
