@@ -158,7 +158,9 @@ async fn spawn(name: &str, args: &[String], log: &Path) -> Result<(Child, String
 
 fn last_words(log: &Path) -> String {
     let text = std::fs::read_to_string(log).unwrap_or_default();
-    text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("it said nothing").to_string()
+    let lines = || text.lines().rev().filter(|l| !l.trim().is_empty());
+    let said = lines().find(|l| l.to_lowercase().contains("error")).or_else(|| lines().next());
+    said.unwrap_or("it said nothing").to_string()
 }
 
 fn supervise(tasks: &TaskGroup, name: &'static str, mut child: Child, args: Vec<String>, log: PathBuf) {

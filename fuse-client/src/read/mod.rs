@@ -20,6 +20,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 use stream::{Plan, Streams};
+use tokio::runtime::Handle;
 
 /// How the reader behaves.
 #[derive(Debug, Clone)]
@@ -36,13 +37,15 @@ pub struct Reader {
     parts: Arc<Parts>,
     budget: ByteBudget,
     tasks: TaskGroup,
+    runtime: Handle,
     config: ReadConfig,
 }
 
 impl Reader {
-    /// A reader over `source` that holds at most `budget`.
+    /// A reader over `source` that holds at most `budget`. To be made inside the runtime that its loads shall run on.
     pub fn new(source: Arc<DataSource>, budget: ByteBudget, tasks: TaskGroup, config: ReadConfig) -> Self {
-        Reader { source, parts: Arc::new(Parts::new(budget.clone())), budget, tasks, config }
+        let parts = Arc::new(Parts::new(budget.clone()));
+        Reader { source, parts, budget, tasks, runtime: Handle::current(), config }
     }
 
     /// The budget it draws on.
@@ -157,6 +160,8 @@ impl Reader {
         }
         let (source, parts, file) = (self.source.clone(), self.parts.clone(), file.clone());
         let guard = LoadGuard { run, done: 0, parts };
+        // Also called on the kernel's threads, which belong to no runtime.
+        let _entered = self.runtime.enter();
         self.tasks.spawn(load_run(source, file, guard));
     }
 }

@@ -90,13 +90,18 @@ fn a_warm_small_file_costs_no_request() {
     assert_eq!(m.fs.count("read"), MANY as u64);
     assert_eq!(m.fs.count("open"), 1, "answered ENOSYS once");
     assert!(m.fs.count("flush") <= 1 && m.fs.count("lookup") <= 2, "attributes came with the names");
-    // The kernel may drop what it likes when memory is short, so one pass out of a few has to be free.
-    let free = (0..5).any(|_| {
-        let (before, pass) = (m.fs.total(), pass.clone());
+    // Something else on the machine may drop caches or walk over all mounts for a while, so one pass out of some seconds has to be free.
+    let mut asked = Vec::new();
+    for _ in 0..200 {
+        let (before, pass) = (m.fs.counts(), pass.clone());
         m.guarded(pass);
-        m.fs.total() == before
-    });
-    assert!(free, "warm passes over {MANY} files ask something");
+        asked.clear();
+        asked.extend(m.fs.counts().into_iter().filter(|(op, n)| before.get(op) != Some(n)));
+        if asked.is_empty() {
+            break;
+        }
+    }
+    assert!(asked.is_empty(), "a warm pass over {MANY} files asks {asked:?}");
     assert_eq!(m.session().drain(LIMIT).expect("drains").left, 0);
 }
 

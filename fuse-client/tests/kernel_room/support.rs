@@ -95,8 +95,8 @@ impl MemFs {
         self.counts.lock().get(op).copied().unwrap_or(0)
     }
 
-    pub(crate) fn total(&self) -> u64 {
-        self.counts.lock().values().sum()
+    pub(crate) fn counts(&self) -> HashMap<&'static str, u64> {
+        self.counts.lock().clone()
     }
 
     fn bump(&self, op: &'static str) {

@@ -1,0 +1,265 @@
+//! `efc`, the admin command, against real masters and workers over a `file://` dataset.
+
+use anyhow::{Context, Result};
+use efc_e2e::{Cluster, WorkerSpec, program};
+use efc_testkit::process::scratch;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// What a run of `efc` gave.
+struct Ran {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+/// Runs `efc ARGS` with nothing set in the environment and no terminal.
+fn efc(args: &[&str]) -> Result<Ran> {
+    let out = Command::new(program("efc")?).args(args).env_remove("EFC_MASTER").stdin(Stdio::null()).output()?;
+    let text = |b: Vec<u8>| String::from_utf8_lossy(&b).into_owned();
+    Ok(Ran { code: out.status.code().unwrap_or(-1), out: text(out.stdout), err: text(out.stderr) })
+}
+
+/// Runs `efc --master ... ARGS` whatever comes of it.
+fn ask(c: &Cluster, args: &[&str]) -> Result<Ran> {
+    efc(&[&["--master", &c.master_addrs()][..], args].concat())
+}
+
+/// Asserts that `efc ARGS` fails with `code` and one sentence that has `word`.
+#[track_caller]
+fn refused(ran: Result<Ran>, code: i32, word: &str) {
+    let ran = ran.expect("run efc");
+    assert_eq!(ran.code, code, "{}{}", ran.out, ran.err);
+    assert!(ran.err.contains(word), "{}", ran.err);
+}
+
+fn worker(memory: &str) -> WorkerSpec {
+    WorkerSpec { memory: memory.into(), ..WorkerSpec::default() }
+}
+
+fn number(v: &Value, path: &str) -> u64 {
+    v.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("{path} in {v}"))
+}
+
+/// Sizes of the files of [`make_tree`]: a file of three blocks, small ones, an empty one.
+const BIG: u64 = 9 << 20;
+const SMALL: u64 = 1000;
+const SMALL_FILES: u64 = 20;
+
+/// Makes `big`, `empty` and `dir/sub/fN` below `at`; gives (files, bytes).
+fn make_tree(at: &Path) -> Result<(u64, u64)> {
+    let sub = at.join("dir/sub");
+    std::fs::create_dir_all(&sub)?;
+    std::fs::write(at.join("big"), vec![7u8; BIG as usize])?;
+    std::fs::write(at.join("empty"), b"")?;
+    for i in 0..SMALL_FILES {
+        std::fs::write(sub.join(format!("f{i}")), vec![i as u8; SMALL as usize])?;
+    }
+    std::os::unix::fs::symlink("..", at.join("dir/up"))?;
+    Ok((SMALL_FILES + 2, BIG + SMALL_FILES * SMALL))
+}
+
+#[test]
+fn datasets_are_created_listed_shown_and_deleted() -> Result<()> {
+    let c = Cluster::start(1, &[])?;
+    let made =
+        c.efc(&["dataset", "create", "one", "file:///data/x", "-O", "bandwidth=1GiB", "--consistency", "immutable"])?;
+    assert_eq!(made["mounts"][0]["source"], "file:///data/x");
+    assert_eq!(made["mounts"][0]["options"], json!({ "bandwidth": "1GiB" }));
+    // The same words again are the same dataset; other words are refused.
+    let again =
+        c.efc(&["dataset", "create", "one", "file:///data/x", "-O", "bandwidth=1GiB", "--consistency", "immutable"])?;
+    assert_eq!(again, made);
+    refused(ask(&c, &["dataset", "create", "one", "file:///data/y"]), 6, "one");
+
+    let file = c.dir().join("two.json");
+    let two = json!({ "name": "two", "consistency": "ttl=5", "cache": { "ttl_seconds": 60, "pin": true }, "mounts": [
+        { "source": "file:///data/x" },
+        { "path": "/nas", "source": "nfs://nas/export", "secret": "anonymous" } ] });
+    std::fs::write(&file, two.to_string())?;
+    c.efc(&["dataset", "create", "--from-file", &file.display().to_string()])?;
+    let shown = c.efc(&["dataset", "show", "two"])?;
+    assert_eq!((&shown["mounts"][1]["path"], &shown["cache"]["pin"]), (&json!("/nas"), &json!(true)));
+    // What `show` prints makes the same dataset under another name.
+    std::fs::write(&file, shown.to_string())?;
+    let three = c.efc(&["dataset", "create", "three", "--from-file", &file.display().to_string()])?;
+    assert_eq!(three["mounts"], shown["mounts"]);
+
+    let listed = c.efc(&["dataset", "list"])?;
+    let names: Vec<&str> =
+        listed["datasets"].as_array().context("list")?.iter().filter_map(|d| d["name"].as_str()).collect();
+    assert_eq!(names, ["one", "three", "two"]);
+    let table = ask(&c, &["dataset", "list"])?;
+    assert!(table.out.starts_with("NAME") && table.out.contains("file:///data/x and 1 more"), "{}", table.out);
+
+    refused(ask(&c, &["dataset", "delete", "one"]), 2, "--yes");
+    assert_eq!(c.efc(&["dataset", "delete", "one", "--yes"])?["name"], "one");
+    refused(ask(&c, &["dataset", "delete", "one", "--yes"]), 3, "efc dataset list");
+    refused(ask(&c, &["dataset", "show", "one"]), 3, "one");
+    refused(ask(&c, &["dataset", "create", "Bad_Name", "file:///x"]), 2, "name");
+    refused(ask(&c, &["dataset", "create", "x", "file:///x", "-O", "no_such=1"]), 2, "no_such");
+    refused(ask(&c, &["dataset", "create", "x", "ftp://x"]), 2, "ftp");
+    Ok(())
+}
+
+#[test]
+fn a_cluster_that_cannot_be_asked_is_named() -> Result<()> {
+    let gone = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+    refused(efc(&["--master", &gone, "status"]), 5, &gone);
+    refused(efc(&["status"]), 2, "EFC_MASTER");
+    refused(efc(&["--master", "nonsense", "status"]), 2, "host:port");
+    let c = Cluster::start(1, &[])?;
+    let dir = scratch("admin")?;
+    let source = format!("file://{}", dir.path().display());
+    c.efc(&["dataset", "create", "x", &source])?;
+    // Counting needs no worker, warming does.
+    assert_eq!(number(&c.efc(&["warmup", "dataset://x", "--dry-run"])?, "/files_total"), 0);
+    refused(ask(&c, &["warmup", "dataset://x"]), 5, "efc-worker");
+    refused(ask(&c, &["cache", "stat", "dataset://x"]), 5, "worker");
+    refused(ask(&c, &["warmup", "/proc"]), 2, "EFC mount");
+    assert_eq!(c.efc(&["ring", "show"])?["members"], json!([]));
+    assert_eq!(c.efc(&["sessions"])?["sessions"], json!([]));
+    Ok(())
+}
+
+#[test]
+fn masters_are_shown_removed_and_added() -> Result<()> {
+    let mut c = Cluster::start(3, &[])?;
+    let status = c.efc(&["status"])?;
+    let leader = number(&status, "/leader");
+    assert_eq!(status["masters"].as_array().map(Vec::len), Some(3));
+    assert_eq!(status["warnings"], json!([]));
+    let other = c.masters.iter().position(|m| m.node != leader).context("a follower")?;
+    let (node, addr) = (c.masters[other].node.to_string(), c.masters[other].addr.clone());
+
+    let left = c.efc(&["master", "remove", &node])?;
+    assert_eq!(left["masters"].as_array().map(Vec::len), Some(2), "{left}");
+    refused(ask(&c, &["master", "remove", "9"]), 3, "efc status");
+    let back = c.efc(&["master", "add", &node, &addr])?;
+    assert_eq!(back["masters"].as_array().map(Vec::len), Some(3), "{back}");
+    refused(ask(&c, &["master", "add", "7", &addr]), 2, &addr);
+
+    c.masters[other].kill();
+    let hurt = ask(&c, &["status"])?;
+    assert_eq!(hurt.code, 0, "{}", hurt.err);
+    assert!(hurt.err.contains(&format!("warning: master {node} at {addr} does not answer")), "{}", hurt.err);
+    assert!(hurt.out.contains("leader"), "{}", hurt.out);
+    let nodes = c.efc(&["nodes", "--masters"])?;
+    let row = nodes["masters"].as_array().context("masters")?.iter().find(|m| m["addr"] == addr.as_str());
+    assert!(row.is_some_and(|m| m["error"].is_string() && m["applied"].is_null()), "{nodes}");
+    Ok(())
+}
+
+#[test]
+fn files_are_warmed_counted_pinned_and_evicted() -> Result<()> {
+    let c = Cluster::start(1, &[worker("64MiB"), worker("64MiB")])?;
+    let dir = scratch("admin")?;
+    let (files, bytes) = make_tree(dir.path())?;
+    c.efc(&["dataset", "create", "data", &format!("file://{}", dir.path().display())])?;
+
+    let dry = c.efc(&["warmup", "dataset://data", "--dry-run"])?;
+    assert_eq!((number(&dry, "/files_total"), number(&dry, "/bytes_total")), (files, bytes));
+    assert_eq!((number(&dry, "/gets_max"), number(&dry, "/origin_bytes")), (3 + SMALL_FILES, 0));
+    assert_eq!(number(&c.efc(&["cache", "stat", "dataset://data"])?, "/cached_bytes"), 0);
+
+    let first = c.efc(&["warmup", "dataset://data", "--concurrency", "4"])?;
+    assert_eq!((number(&first, "/files"), number(&first, "/origin_bytes")), (files, bytes), "{first}");
+    let second = c.efc(&["warmup", "dataset://data/"])?;
+    assert_eq!((number(&second, "/files"), number(&second, "/origin_bytes")), (files, 0), "{second}");
+    assert_eq!(number(&second, "/cached_bytes"), bytes);
+
+    let stat = c.efc(&["cache", "stat", "dataset://data"])?;
+    assert_eq!((number(&stat, "/cached_bytes"), number(&stat, "/files_whole")), (bytes, files));
+    let workers = c.efc(&["cache", "stat"])?;
+    assert_eq!(workers["workers"].as_array().map(Vec::len), Some(2));
+    assert!(number(&workers, "/used_bytes") >= bytes, "{workers}");
+
+    // Pinned files outlive everything but their own eviction.
+    let pinned = c.efc(&["cache", "pin", "dataset://data/dir"])?;
+    assert_eq!(number(&pinned, "/pinned_bytes"), SMALL_FILES * SMALL);
+    c.efc(&["cache", "evict", "--all"])?;
+    let kept = c.efc(&["cache", "stat", "dataset://data"])?;
+    assert_eq!(number(&kept, "/cached_bytes"), SMALL_FILES * SMALL, "{kept}");
+    assert_eq!(number(&kept, "/pinned_bytes"), SMALL_FILES * SMALL);
+    c.efc(&["cache", "unpin", "dataset://data/dir"])?;
+    c.efc(&["cache", "evict", "--all"])?;
+    assert_eq!(number(&c.efc(&["cache", "stat", "dataset://data"])?, "/segments"), 0);
+
+    // A list of paths: what fails is told, the rest is done.
+    let list = c.dir().join("list");
+    std::fs::write(&list, "# mine\ndataset://data/dir/sub/f1\ndataset://data/none\ndataset://other/x\n")?;
+    let ran = ask(&c, &["warmup", "--list-from", &list.display().to_string(), "-o", "json"])?;
+    let report: Value = serde_json::from_str(&ran.out)?;
+    assert_eq!((ran.code, number(&report, "/files"), number(&report, "/failed")), (1, 1, 2), "{}", ran.err);
+    assert_eq!(report["errors"][0]["path"], "dataset://data/none");
+    refused(ask(&c, &["warmup", "dataset://data/none"]), 3, "/none");
+    assert_eq!(number(&c.efc(&["cache", "evict", "dataset://data/dir/sub/f1"])?, "/cached_bytes"), SMALL);
+    Ok(())
+}
+
+#[test]
+fn the_ring_says_who_owns_what_and_workers_leave_and_return() -> Result<()> {
+    let mut c = Cluster::start(1, &[worker("64MiB"), worker("128MiB")])?;
+    let dir = scratch("admin")?;
+    make_tree(dir.path())?;
+    c.efc(&["dataset", "create", "data", &format!("file://{}", dir.path().display())])?;
+    let ring = c.efc(&["ring", "show"])?;
+    let share = |i: usize| ring["members"][i]["share"].as_f64().unwrap_or_default();
+    assert!((share(0) * 3.0 - 1.0).abs() < 0.1 && (share(0) + share(1) - 1.0).abs() < 1e-9, "{ring}");
+
+    let key = c.efc(&["ring", "show", "dataset://data/big"])?;
+    let blocks = key["blocks"].as_array().context("blocks")?;
+    assert_eq!((blocks.len(), blocks[2]["length"].as_u64()), (3, Some(1 << 20)));
+    assert!(blocks.iter().all(|b| b["owners"].as_array().is_some_and(|o| o.len() == 2)), "{key}");
+    let one = c.efc(&["ring", "show", "dataset://data/big@5000000"])?;
+    assert_eq!(one["blocks"], json!([blocks[1]]));
+    refused(ask(&c, &["ring", "show", "dataset://data/big@99999999"]), 2, "beyond");
+    assert_eq!(c.efc(&["ring", "show", "dataset://data/dir"])?["kind"], "directory");
+
+    let nodes = c.efc(&["nodes"])?;
+    assert_eq!((&nodes["workers"][0]["id"], &nodes["workers"][0]["state"]), (&json!("w1"), &json!("live")));
+    assert_eq!(c.efc(&["nodes", "drain", "w2"])?["members"], json!(["w1"]));
+    assert_eq!(c.efc(&["nodes"])?["workers"][1]["state"], "draining");
+    assert_eq!(c.efc(&["nodes", "undrain", "w2"])?["members"], json!(["w1", "w2"]));
+    refused(ask(&c, &["nodes", "forget", "w2"]), 6, "w2");
+    refused(ask(&c, &["nodes", "drain", "w9"]), 3, "efc nodes");
+    // A worker that said goodbye is gone, and can be forgotten.
+    c.workers[1].drain()?;
+    assert_eq!(c.efc(&["nodes"])?["workers"][1]["state"], "gone");
+    c.efc(&["nodes", "forget", "w2"])?;
+    assert_eq!(c.efc(&["nodes"])?["workers"].as_array().map(Vec::len), Some(1));
+    Ok(())
+}
+
+#[test]
+fn an_interrupted_warm_up_says_what_was_done() -> Result<()> {
+    let c = Cluster::start(1, &[worker("64MiB")])?;
+    let dir = scratch("admin")?;
+    let files = 400;
+    for i in 0..files {
+        std::fs::write(dir.path().join(format!("f{i}")), [1u8; 10])?;
+    }
+    let source = format!("file://{}", dir.path().display());
+    c.efc(&["dataset", "create", "slow", &source, "-O", "fault=latency=100ms"])?;
+    let mut command = Command::new(program("efc")?);
+    command.args(["--master", &c.master_addrs(), "warmup", "dataset://slow", "--concurrency", "1", "-o", "json"]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while number(&c.efc(&["cache", "stat"])?, "/segments") == 0 {
+        assert!(Instant::now() < deadline, "nothing was warmed");
+    }
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT)?;
+    let out = child.wait_with_output()?;
+    let report: Value = serde_json::from_slice(&out.stdout)?;
+    assert_eq!((out.status.code(), &report["cancelled"]), (Some(1), &json!(true)), "{report}");
+    assert!(number(&report, "/files") < files, "{report}");
+    assert!(String::from_utf8_lossy(&out.stderr).contains("cancelled after"), "{:?}", out.stderr);
+    // It goes on where it stopped: what was done costs the origin nothing.
+    let rest = c.efc(&["warmup", "dataset://slow", "--concurrency", "64"])?;
+    assert_eq!((number(&rest, "/files"), number(&rest, "/bytes")), (files, files * 10), "{rest}");
+    assert!(number(&rest, "/cached_bytes") > 0, "{rest}");
+    Ok(())
+}
