@@ -117,12 +117,15 @@ pub struct Worker {
     unix: Option<UnixDoor>,
     http: Option<SocketAddr>,
     doors: TaskGroup,
+    /// Heartbeats: end before the goodbye, or they would register the worker again.
+    beats: TaskGroup,
     tasks: TaskGroup,
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
         self.doors.cancel();
+        self.beats.cancel();
         self.tasks.cancel();
     }
 }
@@ -131,7 +134,8 @@ impl Worker {
     /// Opens the tiers, starts to serve and, with masters, enters the ring. `metrics` renders the text of `/metrics`.
     ///
     /// # Errors
-    /// Why a tier cannot be opened, an address not be listened on, or the masters refuse the worker or do not answer.
+    /// Why a tier cannot be opened, an address not be listened on, or the masters refuse the worker. Masters that do not answer
+    /// are waited for.
     pub async fn start(
         config: WorkerConfig,
         connect: Connector,
@@ -168,8 +172,18 @@ impl Worker {
             http::serve(server.clone(), listener, metrics, &tasks);
         }
         tasks.spawn(refresh_gauges(server.clone()));
-        let mut worker =
-            Worker { server, store, membership: None, data, advertise, unix, http: http_addr, doors, tasks };
+        let mut worker = Worker {
+            server,
+            store,
+            membership: None,
+            data,
+            advertise,
+            unix,
+            http: http_addr,
+            doors,
+            beats: TaskGroup::new(),
+            tasks,
+        };
         if !config.masters.is_empty() {
             worker.join(&config).await?;
         }
@@ -189,8 +203,9 @@ impl Worker {
             ..Default::default()
         };
         let membership = Membership::new(master, self.server.clone(), info);
-        membership.register().await?;
-        membership.keep(&self.tasks);
+        // Without masters we wait, but serve: clients that know the ring from before come already.
+        membership.register_until_done().await?;
+        membership.keep(&self.beats);
         self.membership = Some(membership);
         Ok(())
     }
@@ -229,6 +244,7 @@ impl Worker {
         } else {
             let _ = timeout(patience, self.server.quiet()).await;
         }
+        self.beats.shutdown(STOP_PATIENCE).await;
         if let Some(m) = &self.membership
             && let Err(e) = m.leave().await
         {

@@ -5,7 +5,7 @@ use crate::server::Server;
 use efc_client::master::MasterClient;
 use efc_common::id::Incarnation;
 use efc_common::task::TaskGroup;
-use efc_common::{Error, Kind, Result};
+use efc_common::{Error, Kind, Result, Retry};
 use efc_proto::control::{RegisterWorkerRequest, WorkerInfo, WorkerLoad, WorkerState};
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -92,12 +92,19 @@ impl Membership {
         }
     }
 
-    async fn register_until_done(&self) -> Result<()> {
+    /// Registers, however long the masters take to answer.
+    ///
+    /// # Errors
+    /// Why they refuse us: another try would be refused, too.
+    pub(crate) async fn register_until_done(&self) -> Result<()> {
+        let mut told = false;
         while let Err(e) = self.register().await {
-            if e.is(Kind::Invalid) {
+            if e.retry() == Retry::Never {
                 return Err(e);
             }
-            tracing::debug!(error = %e, "registering failed; again soon");
+            if !std::mem::replace(&mut told, true) {
+                tracing::warn!(error = %e, "cannot register with the masters; serving, and trying on");
+            }
             tokio::time::sleep(REGISTER_PAUSE).await;
         }
         Ok(())

@@ -213,7 +213,8 @@ fn config(args: &Args) -> Result<WorkerConfig> {
     c.masters = args.master.iter().filter(|m| !m.is_empty()).cloned().collect();
     c.listen.clone_from(&args.listen);
     c.advertise.clone_from(&args.advertise);
-    c.unix.clone_from(&args.unix);
+    // Clients open it by this name, wherever they run.
+    c.unix = args.unix.as_ref().map(std::path::absolute).transpose().context("--unix")?;
     c.http.clone_from(&args.http);
     c.zone.clone_from(&args.zone);
     c.fetch_concurrency = args.fetch_concurrency;

@@ -95,7 +95,7 @@ pub(super) struct Remote {
 impl Remote {
     fn new(settings: Arc<Settings>, member: Member) -> Self {
         let here = !member.unix.is_empty() && !member.host.is_empty() && member.host == settings.options.host;
-        let unix = here.then(|| PathBuf::from(&member.unix)).filter(|p| p.exists());
+        let unix = here.then(|| PathBuf::from(&member.unix));
         let slots = (0..settings.options.connections_per_worker.max(1)).map(|_| Mutex::new(Slot::Empty)).collect();
         Remote { settings, member, unix, slots, turn: AtomicUsize::new(0), open: AtomicBool::new(false) }
     }
@@ -177,7 +177,7 @@ async fn connect(
     let limit = settings.options.connect;
     let tcp = Endpoint::Tcp(member.addr.clone());
     let attempt = async {
-        let conn = match unix.map(Endpoint::Unix) {
+        let conn = match unix.filter(|p| p.exists()).map(Endpoint::Unix) {
             Some(path) => match Connection::open(&path, &settings.me, limit).await {
                 Ok(c) => c,
                 Err(e) => {
