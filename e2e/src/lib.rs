@@ -223,9 +223,7 @@ impl Cluster {
         let unix = home.join("data.sock");
         let mut args: Vec<String> =
             ["--id", &id, "--master", &self.master_addrs(), "--listen", "127.0.0.1:0"].map(String::from).to_vec();
-        args.extend(
-            ["--http", "127.0.0.1:0", "--unix", &unix.display().to_string()].map(String::from),
-        );
+        args.extend(["--http", "127.0.0.1:0", "--unix", &unix.display().to_string()].map(String::from));
         args.extend(["--memory".into(), spec.memory.clone()]);
         if !spec.disk.is_empty() {
             args.extend(["--disk".into(), format!("{}:{}", home.join("disk").display(), spec.disk)]);

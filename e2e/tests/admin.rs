@@ -1,8 +1,9 @@
 //! `efc`, the admin command, against real masters and workers over a `file://` dataset.
 
 use anyhow::{Context, Result};
-use efc_e2e::{Cluster, WorkerSpec, program};
+use efc_e2e::{Cluster, Mount, WorkerSpec, program, within};
 use efc_testkit::process::scratch;
+use efc_testkit::{OssOptions, OssServer};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -15,9 +16,15 @@ struct Ran {
     err: String,
 }
 
-/// Runs `efc ARGS` with nothing set in the environment and no terminal.
+/// Runs `efc ARGS` without a terminal; no master comes from the environment.
 fn efc(args: &[&str]) -> Result<Ran> {
-    let out = Command::new(program("efc")?).args(args).env_remove("EFC_MASTER").stdin(Stdio::null()).output()?;
+    efc_with(args, &[])
+}
+
+fn efc_with(args: &[&str], env: &[(&str, &str)]) -> Result<Ran> {
+    let mut command = Command::new(program("efc")?);
+    command.args(args).env_remove("EFC_MASTER").envs(env.iter().copied()).stdin(Stdio::null());
+    let out = command.output()?;
     let text = |b: Vec<u8>| String::from_utf8_lossy(&b).into_owned();
     Ok(Ran { code: out.status.code().unwrap_or(-1), out: text(out.stdout), err: text(out.stderr) })
 }
@@ -262,4 +269,78 @@ fn an_interrupted_warm_up_says_what_was_done() -> Result<()> {
     assert_eq!((number(&rest, "/files"), number(&rest, "/bytes")), (files, files * 10), "{rest}");
     assert!(number(&rest, "/cached_bytes") > 0, "{rest}");
     Ok(())
+}
+
+#[test]
+fn warming_a_bucket_costs_one_list_a_directory_and_one_get_a_block() -> Result<()> {
+    let store = OssServer::start_with(OssOptions::s3())?;
+    store.create_bucket("b");
+    for i in 0..50 {
+        store.put("b", format!("dir/f{i:02}"), vec![i as u8; 100]);
+    }
+    store.put("b", "dir/big", vec![1u8; 5 << 20]);
+    let c = Cluster::start(1, &[worker("64MiB"), worker("64MiB")])?;
+    let endpoint = format!("endpoint={}", store.endpoint());
+    c.efc(&["dataset", "create", "bucket", "s3://b", "-O", &endpoint])?;
+    let masters = c.master_addrs();
+    let run = |args: &[&str], env: &[(&str, &str)]| efc_with(&[&["--master", &masters], args].concat(), env);
+    refused(
+        run(&["warmup", "dataset://bucket"], &[("AWS_ACCESS_KEY_ID", ""), ("AWS_SECRET_ACCESS_KEY", "")]),
+        2,
+        "AWS_ACCESS_KEY_ID",
+    );
+    let target = store.target();
+    let keys = [("AWS_ACCESS_KEY_ID", target.key_id.as_str()), ("AWS_SECRET_ACCESS_KEY", target.secret.as_str())];
+    let json = |args: &[&str]| -> Result<Value> {
+        let ran = run(&[args, &["-o", "json"]].concat(), &keys)?;
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        Ok(serde_json::from_str(&ran.out)?)
+    };
+    store.reset_stats();
+    let first = json(&["warmup", "dataset://bucket"])?;
+    assert_eq!((number(&first, "/files"), number(&first, "/origin_bytes")), (51, 5000 + (5 << 20)), "{first}");
+    let cost = store.stats();
+    assert_eq!((cost.of("head"), cost.of("get")), (0, 52), "{cost:?}");
+    // One for the check of the root, one for each of the two directories.
+    assert!(cost.of("list") <= 3, "{cost:?}");
+    let list = c.dir().join("list");
+    std::fs::write(&list, (0..50).map(|i| format!("dataset://bucket/dir/f{i:02}\n")).collect::<String>())?;
+    store.reset_stats();
+    let again = json(&["warmup", "--list-from", &list.display().to_string()])?;
+    assert_eq!((number(&again, "/files"), number(&again, "/origin_bytes")), (50, 0), "{again}");
+    let cost = store.stats();
+    assert!(cost.of("get") == 0 && cost.of("head") + cost.of("list") <= 4, "{cost:?}");
+    let dir = json(&["ring", "show", "dataset://bucket/dir"])?;
+    assert_eq!(dir["listing_owners"].as_array().map(Vec::len), Some(2), "{dir}");
+    Ok(())
+}
+
+#[test]
+fn a_mounted_path_is_warmed_by_its_mount() -> Result<()> {
+    let c = Cluster::start(1, &[worker("64MiB")])?;
+    let dir = scratch("admin")?;
+    let (files, bytes) = make_tree(dir.path())?;
+    c.efc(&["dataset", "create", "data", &format!("file://{}", dir.path().display())])?;
+    let mount = Mount::start("dataset://data", &[&c.option()], &[])?;
+    let run = |path: &str, more: &[&str]| -> Result<Ran> {
+        let args: Vec<String> = ["warmup", path, "-o", "json"].iter().chain(more).map(ToString::to_string).collect();
+        within(Duration::from_secs(60), move || efc(&args.iter().map(String::as_str).collect::<Vec<_>>()))
+    };
+    let report = |ran: Ran| serde_json::from_str::<Value>(&ran.out).with_context(|| ran.err);
+    let root = mount.path.display().to_string();
+    let dry = report(run(&root, &["--dry-run"])?)?;
+    assert_eq!((number(&dry, "/files_total"), number(&dry, "/bytes_total")), (files, bytes), "{dry}");
+    let sub = report(run(&format!("{root}/dir/sub"), &[])?)?;
+    assert_eq!((number(&sub, "/files"), number(&sub, "/origin_bytes")), (SMALL_FILES, SMALL_FILES * SMALL), "{sub}");
+    let all = report(run(&root, &[])?)?;
+    assert_eq!((number(&all, "/files"), number(&all, "/bytes")), (files, bytes), "{all}");
+    assert_eq!(number(&all, "/cached_bytes"), SMALL_FILES * SMALL, "{all}");
+    // The mount opens its session beside its work.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while c.efc(&["sessions"])?["sessions"].as_array().is_none_or(|s| s.iter().all(|s| s["dataset"] != "data")) {
+        assert!(Instant::now() < deadline, "{}", c.efc(&["sessions"])?);
+    }
+    refused(ask(&c, &["dataset", "delete", "data", "--yes"]), 6, "efc sessions");
+    refused(run(&format!("{root}/none"), &[]), 1, "none");
+    mount.unmount()
 }

@@ -33,11 +33,14 @@ pub struct ClusterLink {
 impl ClusterLink {
     /// Reaches the cluster of `options.masters`, or starts an embedded one.
     ///
+    /// `dataset` is what the masters are told is mounted: the name of a dataset, which then cannot be deleted, or the URL of a source.
+    ///
     /// # Errors
     /// [`Kind::Unavailable`] or [`Kind::Timeout`] naming the masters, or what kept the embedded processes from starting.
     pub async fn start(
         options: &MountOptions,
         spec: &SourceSpec,
+        dataset: &str,
         keys: Option<StaticKeys>,
         mountpoint: &Path,
         log_level: &str,
@@ -73,7 +76,7 @@ impl ClusterLink {
         }
         let peers = Peers::new(ring.clone(), spec.clone(), keys, me, PeersOptions::default());
         let client = format!("{host}:{}:{}", std::process::id(), mountpoint.display());
-        tasks.spawn_graceful(keep_session(master, client, spec.url(), tasks.clone()));
+        tasks.spawn_graceful(keep_session(master, client, dataset.to_string(), tasks.clone()));
         Ok(ClusterLink { ring, peers, embedded })
     }
 

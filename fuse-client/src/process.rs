@@ -91,13 +91,16 @@ struct Resolved {
     consistency: Consistency,
     /// As people named it.
     shown: String,
+    /// As the masters are told: the dataset's name, or the source's URL.
+    session: String,
 }
 
 async fn resolve(args: &MountArgs, options: &MountOptions) -> Result<Resolved> {
-    let (spec, offered) = match parse_source(&args.source, options)? {
-        SourceArg::Store(spec) => (spec, None),
+    let (spec, offered, session) = match parse_source(&args.source, options)? {
+        SourceArg::Store(spec) => (spec.clone(), None, spec.url()),
         SourceArg::Dataset { name, path } => {
-            dataset(&MasterClient::new(options.masters.clone())?, &name, &path).await?
+            let (spec, offered) = dataset(&MasterClient::new(options.masters.clone())?, &name, &path).await?;
+            (spec, offered, name)
         }
     };
     let keys = match spec.secret {
@@ -105,7 +108,7 @@ async fn resolve(args: &MountArgs, options: &MountOptions) -> Result<Resolved> {
         _ => options.keys.clone(),
     };
     let consistency = options.consistency.or(offered).unwrap_or_default();
-    Ok(Resolved { spec, keys, consistency, shown: args.source.clone() })
+    Ok(Resolved { spec, keys, consistency, shown: args.source.clone(), session })
 }
 
 async fn dataset(master: &MasterClient, name: &str, path: &str) -> Result<(SourceSpec, Option<Consistency>)> {
@@ -145,9 +148,16 @@ impl Process {
         let backend = efc_backend::connect(&source.spec, source.keys.as_ref()).await?;
         let root = backend.root().await?;
         let tasks = TaskGroup::new();
-        let cluster =
-            ClusterLink::start(&options, &source.spec, source.keys.clone(), &args.mountpoint, &args.log_level, &tasks)
-                .await?;
+        let cluster = ClusterLink::start(
+            &options,
+            &source.spec,
+            &source.session,
+            source.keys.clone(),
+            &args.mountpoint,
+            &args.log_level,
+            &tasks,
+        )
+        .await?;
         let data = Arc::new(DataSource::new(backend, Some(cluster.peers.clone()), options.workers_only));
 
         let taken = if args.takeover {
