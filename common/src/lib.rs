@@ -3,6 +3,7 @@
 //!
 //! Nothing in here opens a socket or knows a storage protocol; the only spawns are in [`task`].
 
+pub mod alloc;
 pub mod block;
 pub mod checksum;
 pub mod error;

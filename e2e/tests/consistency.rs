@@ -140,7 +140,10 @@ fn an_open_directory_keeps_its_snapshot() {
             s.put("b", format!("d/new{i:05}"), "y");
         }
         time_until("another process sees the new names", Duration::from_secs(5), || {
-            std::fs::read_dir(&path).expect("list").flatten().all(|e| e.file_name().to_string_lossy().starts_with("new"))
+            std::fs::read_dir(&path)
+                .expect("list")
+                .flatten()
+                .all(|e| e.file_name().to_string_lossy().starts_with("new"))
         });
         let mut names: Vec<_> = open.map(|e| e.expect("entry").file_name()).collect();
         names.push(first);

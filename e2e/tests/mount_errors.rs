@@ -77,7 +77,8 @@ fn a_busy_mountpoint_is_refused_and_left_as_it_was() {
     let first = mount(&source, &mnt, "", ("", ""));
     assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
     let again = mount(&source, &mnt, "", ("", ""));
-    let umount = || Command::new("timeout").arg("30").arg(program("efc-fuse").expect("built")).arg("umount").arg(&mnt).output();
+    let umount =
+        || Command::new("timeout").arg("30").arg(program("efc-fuse").expect("built")).arg("umount").arg(&mnt).output();
     let gone = umount().expect("umount");
     let said = String::from_utf8_lossy(&again.stderr);
     assert_eq!(again.status.code(), Some(6), "{said}");

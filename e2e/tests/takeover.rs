@@ -86,8 +86,8 @@ fn a_second_process_serves_the_same_mount_without_an_error() {
         let mut got = Vec::new();
         (&held).read_to_end(&mut got).expect("the open file goes on");
         assert_eq!(got, content(1));
-        let rest = listing.by_ref().map(|e| e.expect("the open directory goes on")).count();
-        assert_eq!(rest, 49);
+        let rest: Vec<_> = listing.by_ref().map(|e| e.expect("the open directory goes on").file_name()).collect();
+        assert_eq!(rest.len(), 49);
     });
     let out = Command::new(program("efc-fuse").expect("built")).arg("stats").arg(&path).output().expect("stats");
     assert!(out.status.success(), "the successor answers: {}", String::from_utf8_lossy(&out.stderr));

@@ -72,6 +72,8 @@ pub fn parse_source(text: &str, options: &MountOptions) -> Result<SourceArg> {
 /// # Errors
 /// What kept the mount from coming up (nothing stays mounted then), or how serving failed.
 pub fn run(args: &MountArgs, options: MountOptions, ready: impl FnOnce()) -> Result<()> {
+    // Received blocks live for moments: their memory is to be used again, not mapped anew each time.
+    efc_common::alloc::tune(Some(32 << 20), 32 << 20);
     log::install(&args.log_level, args.log_format.parse()?, args.log_file.as_deref())?;
     let exposition = metrics::install()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("efc-fuse").build()?;

@@ -112,7 +112,7 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
-    few_arenas();
+    efc_common::alloc::tune(None, 8 << 20);
     efc_common::log::install(&args.log_level, args.log_format.parse()?, args.log_file.as_deref())?;
     let config = config(&args)?;
     let drain = parse_duration(&args.drain_timeout).context("--drain-timeout")?;
@@ -265,13 +265,4 @@ fn parent_watch() -> Result<AsyncFd<OwnedFd>> {
     ensure!(rustix::process::getppid() == Some(parent), "--parent-death: the parent has ended");
     // SAFETY: the OwnedFd is the one descriptor, stays the same and open for as long as the AsyncFd holds it.
     unsafe { AsyncFd::register(fd) }.map_err(|e| anyhow::anyhow!("--parent-death: {e}"))
-}
-
-/// Keeps the allocator from holding a heap per thread: freed buffers of one are then room for all.
-fn few_arenas() {
-    // SAFETY: called before any other thread exists; sets tunables of the allocator only.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 2);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 8 << 20);
-    }
 }
