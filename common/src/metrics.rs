@@ -147,6 +147,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_documented_table_is_this_table() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/OPERATIONS.md");
+        let text = std::fs::read_to_string(path).expect("docs/OPERATIONS.md");
+        let documented: Vec<&str> = text.lines().filter(|l| l.starts_with("| `efc_")).collect();
+        let row = |x: &Metric| {
+            let kind = format!("{:?}", x.series).to_lowercase();
+            format!("| `{}` | {kind} | {} | {} |", x.name, x.labels, x.help)
+        };
+        assert_eq!(documented, TABLE.iter().map(row).collect::<Vec<_>>());
+    }
+
+    #[test]
     fn names_are_unique_and_carry_their_unit() {
         let mut seen = std::collections::HashSet::new();
         for x in TABLE {
