@@ -88,6 +88,45 @@ fn a_busy_mountpoint_is_refused_and_left_as_it_was() {
     assert_eq!(umount().expect("umount").status.code(), Some(3));
 }
 
+/// A link in /sbin, where mount(8) looks for helpers; removed on drop. A link that is there already is not ours.
+struct Helper(bool);
+
+impl Helper {
+    fn install() -> Helper {
+        Helper(std::os::unix::fs::symlink(program("efc-fuse").expect("built"), "/sbin/mount.efc").is_ok())
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        if self.0 {
+            let _ = std::fs::remove_file("/sbin/mount.efc");
+        }
+    }
+}
+
+#[test]
+fn mount_8_mounts_and_umount_8_unmounts() {
+    let _helper = Helper::install();
+    let dir = scratch("mount8").expect("dir");
+    let (src, mnt) = (dir.path().join("src"), dir.path().join("mnt"));
+    std::fs::create_dir(&src).expect("src");
+    std::fs::create_dir(&mnt).expect("mnt");
+    std::fs::write(src.join("hello"), "there").expect("file");
+    let options = format!("noatime,uid=5,data_dir={}", dir.path().join("data").display());
+    let run = |program: &str, args: &[&str]| {
+        let out = Command::new("timeout").arg("60").arg(program).args(args).output().expect("run");
+        assert!(out.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    let (source, at) = (format!("file://{}", src.display()), mnt.display().to_string());
+    run("mount", &["-t", "efc", &source, &at, "-o", &options]);
+    let said = run("cat", &[&format!("{at}/hello")]);
+    let owner = run("stat", &["-c", "%u", &format!("{at}/hello")]);
+    run("umount", &[&at]);
+    assert_eq!((said.as_str(), owner.trim()), ("there", "5"));
+}
+
 #[test]
 fn without_dev_fuse_the_cure_is_named() {
     let dir = scratch("nofuse").expect("dir");

@@ -147,6 +147,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     let helper = args.first().is_some_and(|a| PathBuf::from(a).file_name().is_some_and(|n| n == "mount.efc"));
     if helper {
         args.insert(1, "mount".into());
+        without_rw(&mut args);
     }
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
@@ -172,6 +173,17 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
+/// mount(8) writes `rw` wherever the user did not write `ro`; it is nobody's wish here.
+fn without_rw(args: &mut [OsString]) {
+    for i in 1..args.len() {
+        if args[i - 1] == "-o"
+            && let Some(text) = args[i].to_str()
+        {
+            args[i] = text.split(',').filter(|o| *o != "rw").collect::<Vec<_>>().join(",").into();
+        }
+    }
+}
+
 /// The exit code of an error (see `--help`).
 pub fn exit_code(e: &Error) -> u8 {
     match e.kind() {
@@ -182,5 +194,25 @@ pub fn exit_code(e: &Error) -> u8 {
         Kind::Busy | Kind::AlreadyExists => 6,
         Kind::Unsupported => 7,
         _ => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_help_lists_every_option() {
+        let help = mount_options_help();
+        for o in options::OPTIONS.iter().map(|o| o.name).chain(source::OPTIONS.iter().map(|o| o.name)) {
+            assert!(help.contains(o), "{o}");
+        }
+    }
+
+    #[test]
+    fn mount_8_does_not_ask_for_writing() {
+        let mut args: Vec<OsString> = ["mount.efc", "src", "/mnt", "-o", "rw,uid=3,rw"].map(Into::into).to_vec();
+        without_rw(&mut args);
+        assert_eq!(args[4], "uid=3");
     }
 }

@@ -1,7 +1,5 @@
 //! In-process workers before an origin that counts, and real sockets between.
 
-mod support;
-
 use bytes::Bytes;
 use efc_client::peers::{FileRef, PeersOptions, ReadFlags, ReadItem, Tier, concat};
 use efc_client::wire::{Connection, Endpoint, Identity};
@@ -15,8 +13,8 @@ use efc_worker::WorkerConfig;
 use efc_worker::store::StoreConfig;
 use std::ops::Range;
 
+use crate::support::*;
 use std::time::Duration;
-use support::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout};

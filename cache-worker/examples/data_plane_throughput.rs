@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! efc-worker --memory 1536MiB --unix /tmp/w.sock --ready-fd 1 &
-//! cargo run --release -p efc-worker --example throughput -- /tmp/w.sock PID DIR FILE [DEPTH]
+//! cargo run --release -p efc-worker --example data_plane_throughput -- /tmp/w.sock PID DIR FILE [DEPTH]
 //! ```
 //! `FILE` in `DIR` is read once to warm the cache, then once measured, `DEPTH` blocks ahead (default 4).
 

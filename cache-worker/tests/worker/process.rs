@@ -1,7 +1,6 @@
 //! Real efc-worker processes over a directory: signals, kills, restarts and the memory the kernel says they take.
 
-mod support;
-
+use crate::support::{MIB, me, member, options, pattern, read, spec};
 use efc_client::peers::{FileRef, Peers, PeersOptions, ReadFlags, Tier, concat, host_name};
 use efc_client::ring::RingWatch;
 use efc_common::id::RingEpoch;
@@ -15,7 +14,6 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-use support::{MIB, me, member, options, pattern, read, spec};
 
 const READY: Duration = Duration::from_secs(20);
 

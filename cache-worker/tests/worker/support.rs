@@ -1,5 +1,4 @@
 //! An origin that counts, stalls, fails and holds back on demand, and in-process workers with clients before it.
-#![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -25,10 +24,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 
-pub const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 
 /// Reproducible bytes that differ everywhere.
-pub fn pattern(seed: u64, len: usize) -> Bytes {
+pub(crate) fn pattern(seed: u64, len: usize) -> Bytes {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut out = Vec::with_capacity(len + 8);
     while out.len() < len {
@@ -42,25 +41,25 @@ pub fn pattern(seed: u64, len: usize) -> Bytes {
 }
 
 /// The origin.
-pub struct Origin {
+pub(crate) struct Origin {
     files: Mutex<HashMap<Bytes, (Bytes, Bytes)>>,
     dirs: Mutex<HashMap<Bytes, Vec<Vec<Entry>>>>,
     /// Ranges asked for.
-    pub reads: Mutex<Vec<Range<u64>>>,
-    pub lists: AtomicU64,
+    pub(crate) reads: Mutex<Vec<Range<u64>>>,
+    pub(crate) lists: AtomicU64,
     /// The next read or page fails like this.
-    pub fail_next: Mutex<Option<Kind>>,
+    pub(crate) fail_next: Mutex<Option<Kind>>,
     /// Bytes of a read that are delivered before it waits for `gate`; `u64::MAX`: all at once.
-    pub free_bytes: AtomicU64,
-    pub gate: watch::Sender<bool>,
+    pub(crate) free_bytes: AtomicU64,
+    pub(crate) gate: watch::Sender<bool>,
     /// Bytes of a piece of a stream.
-    pub piece: AtomicUsize,
+    pub(crate) piece: AtomicUsize,
     /// A page of a listing takes a permit.
-    pub pages: Semaphore,
+    pub(crate) pages: Semaphore,
 }
 
 impl Origin {
-    pub fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         Arc::new(Origin {
             files: Mutex::default(),
             dirs: Mutex::default(),
@@ -74,35 +73,35 @@ impl Origin {
         })
     }
 
-    pub fn put(&self, name: &str, version: &str, data: Bytes) -> FileRef {
+    pub(crate) fn put(&self, name: &str, version: &str, data: Bytes) -> FileRef {
         let (locator, version) = (Bytes::from(name.to_string()), Bytes::from(version.to_string()));
         let size = data.len() as u64;
         self.files.lock().insert(locator.clone(), (version.clone(), data));
         FileRef { locator, version, size }
     }
 
-    pub fn put_dir(&self, name: &str, pages: Vec<Vec<Entry>>) -> Bytes {
+    pub(crate) fn put_dir(&self, name: &str, pages: Vec<Vec<Entry>>) -> Bytes {
         let locator = Bytes::from(name.to_string());
         self.dirs.lock().insert(locator.clone(), pages);
         locator
     }
 
-    pub fn read_count(&self) -> usize {
+    pub(crate) fn read_count(&self) -> usize {
         self.reads.lock().len()
     }
 
     /// Holds streams back after `bytes`.
-    pub fn hold_after(&self, bytes: u64) {
+    pub(crate) fn hold_after(&self, bytes: u64) {
         self.gate.send_replace(false);
         self.free_bytes.store(bytes, SeqCst);
     }
 
-    pub fn release(&self) {
+    pub(crate) fn release(&self) {
         self.free_bytes.store(u64::MAX, SeqCst);
         self.gate.send_replace(true);
     }
 
-    pub fn connector(self: &Arc<Self>) -> Connector {
+    pub(crate) fn connector(self: &Arc<Self>) -> Connector {
         let me = self.clone();
         Arc::new(move |spec, _| {
             let origin: efc_backend::DynBackend = Arc::new(Handle { origin: me.clone(), id: spec.id() });
@@ -111,7 +110,7 @@ impl Origin {
     }
 }
 
-pub fn entry(name: &str, version: &str) -> Entry {
+pub(crate) fn entry(name: &str, version: &str) -> Entry {
     let attr = Attr::object(7, Time { secs: 1, nanos: 0 });
     let node = Node { locator: Bytes::from(format!("d/{name}")), version: Bytes::from(version.to_string()), attr };
     Entry { name: Bytes::from(name.to_string()), node }
@@ -206,27 +205,27 @@ impl Backend for Handle {
     }
 }
 
-pub fn memory(bytes: u64) -> StoreConfig {
+pub(crate) fn memory(bytes: u64) -> StoreConfig {
     StoreConfig { memory: Some(MemoryTier { quota_bytes: bytes, path: None }), ..Default::default() }
 }
 
-pub fn disk(dir: &Path, bytes: u64) -> StoreConfig {
+pub(crate) fn disk(dir: &Path, bytes: u64) -> StoreConfig {
     StoreConfig { disks: vec![DiskTier { path: dir.into(), quota_bytes: bytes }], ..Default::default() }
 }
 
-pub fn config(id: &str, store: StoreConfig) -> WorkerConfig {
+pub(crate) fn config(id: &str, store: StoreConfig) -> WorkerConfig {
     WorkerConfig { allow_local_sources: true, ..WorkerConfig::new(id, store) }
 }
 
-pub async fn start(config: WorkerConfig, origin: &Arc<Origin>) -> Worker {
+pub(crate) async fn start(config: WorkerConfig, origin: &Arc<Origin>) -> Worker {
     Worker::start(config, origin.connector(), None).await.expect("worker starts")
 }
 
-pub fn spec(path: &str) -> SourceSpec {
+pub(crate) fn spec(path: &str) -> SourceSpec {
     SourceSpec::parse(&format!("file://{path}"), BTreeMap::new(), SecretRef::Anonymous).expect("spec")
 }
 
-pub fn member(id: &str, addr: &str) -> Member {
+pub(crate) fn member(id: &str, addr: &str) -> Member {
     Member {
         id: WorkerId(id.into()),
         addr: addr.into(),
@@ -237,25 +236,25 @@ pub fn member(id: &str, addr: &str) -> Member {
     }
 }
 
-pub fn me() -> Identity {
+pub(crate) fn me() -> Identity {
     Identity { cluster: String::new(), peer: "test:1".into(), epoch: 0 }
 }
 
-pub fn options() -> PeersOptions {
+pub(crate) fn options() -> PeersOptions {
     PeersOptions { deadline: Duration::from_secs(20), ..PeersOptions::default() }
 }
 
-pub fn peers_with(members: Vec<Member>, options: PeersOptions) -> Peers {
+pub(crate) fn peers_with(members: Vec<Member>, options: PeersOptions) -> Peers {
     Peers::new(RingWatch::fixed(Ring::new(RingEpoch(1), members)), spec("/t"), None, me(), options)
 }
 
-pub fn peers(workers: &[&Worker]) -> Peers {
+pub(crate) fn peers(workers: &[&Worker]) -> Peers {
     let members = workers.iter().enumerate().map(|(i, w)| member(&format!("w{i}"), w.addr())).collect();
     peers_with(members, options())
 }
 
 /// Reads any range of a file, block by block.
-pub async fn read(peers: &Peers, file: &FileRef, range: Range<u64>) -> Result<(Bytes, Vec<Chunk>)> {
+pub(crate) async fn read(peers: &Peers, file: &FileRef, range: Range<u64>) -> Result<(Bytes, Vec<Chunk>)> {
     let mut all = Vec::new();
     for piece in split_blocks(range) {
         all.extend(peers.read(file, piece, ReadFlags::default())?.collect().await?);
@@ -264,7 +263,7 @@ pub async fn read(peers: &Peers, file: &FileRef, range: Range<u64>) -> Result<(B
 }
 
 /// A raw connection with the source attached under slot 1.
-pub async fn raw(worker: &Worker) -> Arc<Connection> {
+pub(crate) async fn raw(worker: &Worker) -> Arc<Connection> {
     let at = Endpoint::Tcp(worker.addr().into());
     let c = Connection::open(&at, &me(), Duration::from_secs(5)).await.expect("connect");
     c.attach(1, &spec("/t"), None, Duration::from_secs(5)).await.expect("attach");
