@@ -4,15 +4,17 @@
 //! a thread with a deadline ([`within`]), because a hung mount would hang the test for good.
 
 pub mod logs;
+pub mod reader;
 pub mod tree;
 
 use anyhow::{Context, Result, bail};
 use efc_testkit::port::Port;
 use efc_testkit::process::{Guarded, scratch};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// How long a process may take to say that it serves.
@@ -261,6 +263,52 @@ impl Cluster {
         Ok(serde_json::from_slice(&out.stdout)?)
     }
 
+    /// Index of the leader among the masters.
+    ///
+    /// # Errors
+    /// When nobody leads.
+    pub fn leader(&self) -> Result<usize> {
+        let status = self.efc(&["status"])?;
+        let leader = status["leader"].as_u64().filter(|n| *n > 0).with_context(|| format!("no leader in {status}"))?;
+        self.masters.iter().position(|m| m.node == leader).with_context(|| format!("master {leader} is not ours"))
+    }
+
+    /// Ids of the workers in the ring, as the masters see them.
+    ///
+    /// # Errors
+    /// When no master answers.
+    pub fn ring_members(&self) -> Result<Vec<String>> {
+        let ring = self.efc(&["ring", "show"])?;
+        let members = ring["members"].as_array().with_context(|| format!("members in {ring}"))?;
+        Ok(members.iter().filter_map(|m| m["id"].as_str().map(String::from)).collect())
+    }
+
+    /// Waits until exactly these workers are in the ring.
+    ///
+    /// # Errors
+    /// When they are not within a minute.
+    pub fn wait_ring(&self, ids: &[&str]) -> Result<()> {
+        wait_for(&format!("a ring of {ids:?}"), Duration::from_secs(60), || {
+            Ok(self.ring_members().is_ok_and(|m| m == ids))
+        })
+    }
+
+    /// A metric of all running workers, summed as [`Worker::metric`] does.
+    ///
+    /// # Errors
+    /// When one cannot be asked.
+    pub fn metric(&self, name: &str, with: &str) -> Result<f64> {
+        self.workers.iter().filter(|w| w.child.is_some()).map(|w| w.metric(name, with)).sum()
+    }
+
+    /// Fails if a master or worker logged a WARN or ERROR that contains none of `expected`.
+    ///
+    /// # Errors
+    /// The lines.
+    pub fn check_logs(&self, expected: &[&str]) -> Result<()> {
+        logs::check(self.dir(), expected)
+    }
+
     /// A directory of this cluster's run, for what a test needs beside.
     pub fn dir(&self) -> &Path {
         self.dir.path()
@@ -327,11 +375,38 @@ impl Mount {
         Ok(serde_json::from_slice(&out.stdout)?)
     }
 
+    /// Requests by FUSE operation since the mount, and their sum.
+    ///
+    /// # Errors
+    /// As [`Mount::stats`].
+    pub fn fuse_requests(&self) -> Result<(BTreeMap<String, u64>, u64)> {
+        let stats = self.stats()?;
+        let ops = stats["ops"].as_object().context("ops")?;
+        let ops: BTreeMap<String, u64> =
+            ops.iter().map(|(k, v)| (k.clone(), v["requests"].as_u64().unwrap_or(0))).collect();
+        let sum = ops.values().sum();
+        Ok((ops, sum))
+    }
+
+    /// Unmounts, waits for the daemon's end, and fails if it (or its embedded cluster) logged a WARN or ERROR that
+    /// contains none of `expected`.
+    ///
+    /// # Errors
+    /// When one of these fails.
+    pub fn finish(mut self, expected: &[&str]) -> Result<()> {
+        self.end()?;
+        logs::check(self._dir.path(), expected)
+    }
+
     /// Unmounts and waits for the daemon's end.
     ///
     /// # Errors
     /// When either fails.
     pub fn unmount(mut self) -> Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<()> {
         let out = Command::new(program("efc-fuse")?).arg("umount").arg(&self.path).output()?;
         if !out.status.success() {
             bail!("efc-fuse umount: {}", String::from_utf8_lossy(&out.stderr));
@@ -351,6 +426,32 @@ impl Drop for Mount {
         let _ = nix::mount::umount2(&self.path, nix::mount::MntFlags::MNT_DETACH);
         drop(self.child.take());
     }
+}
+
+/// Peak of the resident set of a process as the kernel counted it, bytes.
+///
+/// # Errors
+/// When it is gone.
+pub fn peak_rss(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).context("VmHWM")?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
+    Ok(kib << 10)
+}
+
+/// Polls `done` until it holds.
+///
+/// # Errors
+/// When it does not within `patience`, or its own error.
+pub fn wait_for(what: &str, patience: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + patience;
+    while !done()? {
+        if Instant::now() > deadline {
+            bail!("no {what} within {patience:?}");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 /// Runs `work` in a thread and panics when it takes longer than `patience`.

@@ -1,6 +1,25 @@
 //! Logs of end-to-end runs are read: a WARN or ERROR that the test did not announce fails it.
 
+use anyhow::{Result, ensure};
 use std::path::Path;
+
+/// Lines that an error shows.
+const SHOWN: usize = 10;
+
+/// Fails if [`unexpected`] finds any.
+///
+/// # Errors
+/// The first of the lines, and how many there are.
+pub fn check(dir: &Path, expected: &[&str]) -> Result<()> {
+    let found = unexpected(dir, expected);
+    ensure!(
+        found.is_empty(),
+        "{} unexpected lines in logs:\n{}",
+        found.len(),
+        found[..found.len().min(SHOWN)].join("\n")
+    );
+    Ok(())
+}
 
 /// Lines of level WARN or ERROR in the `.log` files under `dir` that contain none of `expected`.
 pub fn unexpected(dir: &Path, expected: &[&str]) -> Vec<String> {

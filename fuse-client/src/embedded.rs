@@ -39,7 +39,8 @@ pub struct EmbeddedConfig {
 pub struct Embedded {
     /// Address of its master.
     pub master: String,
-    tasks: TaskGroup,
+    master_task: TaskGroup,
+    worker_task: TaskGroup,
     _lock: File,
 }
 
@@ -65,7 +66,7 @@ impl Embedded {
         let dir = &config.data_dir;
         std::fs::create_dir_all(dir).map_err(|e| Error::from(e).with("data_dir", dir.display()))?;
         let lock = lock(dir)?;
-        let tasks = TaskGroup::new();
+        let (master_task, worker_task) = (TaskGroup::new(), TaskGroup::new());
         let arg = |p: &Path| p.to_string_lossy().into_owned();
         let log = |name: &str| {
             vec!["--log-level".into(), config.log_level.clone(), "--log-file".into(), arg(&dir.join(name))]
@@ -79,7 +80,7 @@ impl Embedded {
             .map_err(|e| Error::new(Kind::Corrupt, format!("efc-master said `{ready}` when ready")).caused_by(e))?;
         // A restart must come back at the address that workers and this process know.
         master_args[3] = ready.grpc.clone();
-        supervise(&tasks, "efc-master", child, master_args, dir.join("master.log"));
+        supervise(&master_task, "efc-master", child, master_args, dir.join("master.log"));
 
         let mut worker_args: Vec<String> =
             vec!["--id".into(), "embedded".into(), "--master".into(), ready.grpc.clone()];
@@ -91,15 +92,17 @@ impl Embedded {
         }
         worker_args.extend(log("worker.log"));
         let (child, _) = spawn("efc-worker", &worker_args, &dir.join("worker.log")).await?;
-        supervise(&tasks, "efc-worker", child, worker_args, dir.join("worker.log"));
+        supervise(&worker_task, "efc-worker", child, worker_args, dir.join("worker.log"));
         info!(master = ready.grpc, data_dir = %dir.display(), "embedded cluster is up");
-        Ok(Embedded { master: ready.grpc, tasks, _lock: lock })
+        Ok(Embedded { master: ready.grpc, master_task, worker_task, _lock: lock })
     }
 
-    /// Stops both children in good order.
+    /// Stops both children in good order: the worker says goodbye to a master that still listens.
     pub async fn stop(self) {
-        if !self.tasks.shutdown(STOP_PATIENCE * 2).await {
-            warn!("embedded cluster did not stop in time; its processes were killed");
+        for task in [self.worker_task, self.master_task] {
+            if !task.shutdown(STOP_PATIENCE * 2).await {
+                warn!("embedded cluster did not stop in time; its processes were killed");
+            }
         }
     }
 }
