@@ -204,7 +204,6 @@ pub fn find(mount: &Path, data: &Data, tree: bool) -> Result<Tally> {
 mod tests {
     use super::*;
     use crate::data::Plan;
-    use std::os::unix::fs::FileExt as _;
 
     #[test]
     fn every_workload_accepts_the_data_and_refuses_a_wrong_byte() {
