@@ -1,7 +1,7 @@
 //! Bytes for READ: from what was read ahead, else through the pool of workers, else from the origin.
 //!
-//! Budget: everything this room holds (parts, bytes on their way to the kernel) comes out of one [`ByteBudget`]; over it reads wait
-//! and read-ahead stops. Nothing is copied: pieces are slices of the buffers the data plane received into.
+//! Budget: everything this room holds (parts, bytes on their way to the kernel) comes out of one [`ByteBudget`]; over it loaded parts give
+//! way, then reads wait and read-ahead stops. Nothing is copied: pieces are slices of the buffers the data plane received into.
 
 pub mod parts;
 pub mod source;
@@ -106,7 +106,7 @@ impl Reader {
     }
 
     async fn exact(&self, file: &File, range: Range<u64>) -> Result<Vec<Bytes>> {
-        let _hold = self.budget.hold(range.end - range.start).await;
+        let _hold = self.parts.hold(range.end - range.start).await;
         let mut pieces = Vec::with_capacity(1);
         for piece in split_blocks(range) {
             let mut chunks = self.source.fetch(file, piece);
@@ -209,6 +209,7 @@ async fn load_run(source: Arc<DataSource>, file: File, mut guard: LoadGuard) {
             have.push(take);
             if have_len == guard.run[guard.done].len() {
                 guard.run[guard.done].complete(std::mem::take(&mut have));
+                guard.parts.loaded();
                 guard.done += 1;
                 have_len = 0;
             }

@@ -12,7 +12,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// Bytes of a full part.
 pub const PART_BYTES: u64 = 1 << 20;
@@ -119,12 +119,14 @@ struct Table {
 pub struct Parts {
     table: Mutex<Table>,
     budget: ByteBudget,
+    /// Told when a part was loaded: from then on it can give way.
+    loaded: Notify,
 }
 
 impl Parts {
     /// An empty table that draws on `budget`.
     pub fn new(budget: ByteBudget) -> Self {
-        Parts { table: Mutex::default(), budget }
+        Parts { table: Mutex::default(), budget, loaded: Notify::new() }
     }
 
     /// A part that is loading or loaded.
@@ -154,6 +156,33 @@ impl Parts {
         table.map.insert(key, part.clone());
         table.order.push_back(key);
         Some(part)
+    }
+
+    /// Budget for bytes that belong to no part. Loaded parts give way, oldest first: a reader waits only while all that is held is in
+    /// use or on its way.
+    pub async fn hold(&self, len: u64) -> Hold {
+        loop {
+            // Registered before the look, so that no part that is loaded in between is missed.
+            let mut loaded = std::pin::pin!(self.loaded.notified());
+            loaded.as_mut().enable();
+            loop {
+                if let Some(hold) = self.budget.try_hold(len) {
+                    return hold;
+                }
+                if !self.table.lock().drop_oldest() {
+                    break;
+                }
+            }
+            tokio::select! {
+                hold = self.budget.hold(len) => return hold,
+                () = loaded => {}
+            }
+        }
+    }
+
+    /// To be called after a part was completed.
+    pub fn loaded(&self) {
+        self.loaded.notify_waiters();
     }
 
     /// To be called after bytes of a part were handed out: drops it when all were, or when its load failed.
@@ -254,5 +283,30 @@ mod tests {
         drop(a);
         assert!(parts.enter(key(2), PART_BYTES).is_some());
         assert!(parts.get(&key(0)).is_none() && parts.get(&key(1)).is_some());
+    }
+
+    #[tokio::test]
+    async fn a_read_without_a_part_gets_room_from_parts_that_nobody_came_for() {
+        let parts = Arc::new(Parts::new(ByteBudget::new(2 << 20)));
+        let first = parts.enter(key(0), PART_BYTES).expect("first");
+        let second = parts.enter(key(1), PART_BYTES).expect("second");
+        first.complete(vec![Bytes::from(vec![0u8; PART_BYTES as usize])]);
+        drop(first);
+        let patience = std::time::Duration::from_secs(10);
+        let hold = tokio::time::timeout(patience, parts.hold(PART_BYTES)).await.expect("the loaded part gives way");
+        assert!(parts.get(&key(0)).is_none() && parts.get(&key(1)).is_some());
+
+        // Nothing can give way now, until the other part is loaded.
+        let waiter = tokio::spawn({
+            let parts = parts.clone();
+            async move { parts.hold(4096).await.bytes() }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiter.is_finished());
+        second.complete(vec![Bytes::from(vec![0u8; PART_BYTES as usize])]);
+        drop(second);
+        parts.loaded();
+        assert_eq!(tokio::time::timeout(patience, waiter).await.expect("room").expect("task"), 4096);
+        drop(hold);
     }
 }
