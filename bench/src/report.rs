@@ -49,8 +49,8 @@ pub struct Ratio {
     pub phase: Phase,
     /// EFC's rate over the peer's: above 1 EFC is faster.
     pub rate: f64,
-    /// The peer's CPU seconds over EFC's: above 1 EFC costs less.
-    pub cpu: f64,
+    /// The peer's CPU seconds over EFC's: above 1 EFC costs less. None when EFC's are fewer than the clock's ticks show.
+    pub cpu: Option<f64>,
 }
 
 /// A floor of the acceptance list.
@@ -123,8 +123,7 @@ pub fn ratios(rows: &[Row]) -> Vec<Ratio> {
                 test: efc.test,
                 phase: efc.phase,
                 rate: efc.rate / peer.rate.max(1e-9),
-                // A phase that costs less than a clock tick tells nothing.
-                cpu: if efc.cpu_s > 0.0 { peer.cpu_s / efc.cpu_s } else { 0.0 },
+                cpu: (efc.cpu_s > 0.0).then(|| peer.cpu_s / efc.cpu_s),
             });
         }
     }
@@ -203,7 +202,9 @@ pub fn table(rows: &[Row], ratios: &[Ratio], floors: &[Floor]) -> String {
         let fuse = r.fuse_per_file.map_or("-".into(), number);
         let phase = format!("{:?}", r.phase).to_lowercase();
         let ratio = ratios.iter().find(|x| x.peer == r.tool && (x.test, x.phase) == (r.test, r.phase));
-        let ratio = ratio.map_or(String::new(), |x| format!("{}x, {}x", number(x.rate), number(x.cpu)));
+        let ratio = ratio.map_or(String::new(), |x| {
+            format!("{}x, {}", number(x.rate), x.cpu.map_or("-".into(), |c| number(c) + "x"))
+        });
         // A random test has no files: its requests are shown per read.
         let per = |n: f64| number(if r.test.is_random() { 0.0 } else { n });
         line(format!(
@@ -267,7 +268,7 @@ mod tests {
         assert_eq!((efc.fetched_per_byte, efc.fuse_per_file, rows[1].fuse_per_file), (2.0, Some(3.0), None));
         let ratios = ratios(&rows);
         assert_eq!(ratios.len(), 1);
-        assert!((ratios[0].rate - 3.0).abs() < 1e-9 && (ratios[0].cpu - 4.0).abs() < 1e-9);
+        assert!((ratios[0].rate - 3.0).abs() < 1e-9 && ratios[0].cpu == Some(4.0));
         let floors = floors(&rows, &ratios);
         assert!(floors.len() == 1 && floors[0].reached);
         let text = table(&rows, &ratios, &floors);
