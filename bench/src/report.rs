@@ -175,7 +175,7 @@ fn title(test: Test) -> (&'static str, &'static str, &'static str) {
 
 fn number(n: f64) -> String {
     match n {
-        n if n == 0.0 => "0".into(),
+        0.0 => "0".into(),
         n if n < 10.0 => format!("{n:.2}"),
         n if n < 100.0 => format!("{n:.1}"),
         n => format!("{n:.0}"),
