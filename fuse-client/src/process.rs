@@ -13,10 +13,11 @@ use crate::options::{Consistency, MountOptions};
 use crate::read::source::DataSource;
 use crate::read::{ReadConfig, Reader};
 use crate::tell::Teller;
+use efc_backend::object::keys_to_send;
 use efc_client::master::MasterClient;
 use efc_common::error::Context as _;
 use efc_common::limit::ByteBudget;
-use efc_common::source::{SecretRef, SourceSpec, StaticKeys};
+use efc_common::source::{SourceSpec, StaticKeys};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result, log, metrics};
 use std::path::{Path, PathBuf};
@@ -105,10 +106,7 @@ async fn resolve(args: &MountArgs, options: &MountOptions) -> Result<Resolved> {
             (spec, offered, name)
         }
     };
-    let keys = match spec.secret {
-        SecretRef::Env if spec.kind.is_object_store() => Some(efc_backend::object::keys_from_env(spec.kind)?),
-        _ => options.keys.clone(),
-    };
+    let keys = keys_to_send(&spec, options.keys.as_ref())?;
     let consistency = options.consistency.or(offered).unwrap_or_default();
     Ok(Resolved { spec, keys, consistency, shown: args.source.clone(), session })
 }

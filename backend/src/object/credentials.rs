@@ -224,6 +224,18 @@ pub fn keys_from_env(kind: SourceKind) -> Result<StaticKeys> {
     env_keys(kind, &OsEnv)
 }
 
+/// The literal keys that the process which mounts sends along with `spec`: for an object store with [`SecretRef::Env`] those of its own
+/// environment, else `given`.
+///
+/// # Errors
+/// As [`keys_from_env`].
+pub fn keys_to_send(spec: &SourceSpec, given: Option<&StaticKeys>) -> Result<Option<StaticKeys>> {
+    match spec.secret {
+        SecretRef::Env if spec.kind.is_object_store() => keys_from_env(spec.kind).map(Some),
+        _ => Ok(given.cloned()),
+    }
+}
+
 fn env_keys(kind: SourceKind, env: &impl Env) -> Result<StaticKeys> {
     const AWS: [&str; 3] = ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"];
     const OSS: [&str; 3] = ["OSS_ACCESS_KEY_ID", "OSS_ACCESS_KEY_SECRET", "OSS_SESSION_TOKEN"];

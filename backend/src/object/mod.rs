@@ -17,7 +17,7 @@ mod read;
 mod sign;
 mod version;
 
-pub use credentials::keys_from_env;
+pub use credentials::{keys_from_env, keys_to_send};
 
 use crate::{Backend, ByteStream, Capabilities, FsStats, ListPage, names};
 use async_trait::async_trait;

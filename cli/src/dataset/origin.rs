@@ -3,14 +3,14 @@
 use super::show;
 use crate::context::Cluster;
 use bytes::Bytes;
-use efc_backend::object::keys_from_env;
+use efc_backend::object::keys_to_send;
 use efc_backend::{DynBackend, connect};
 use efc_client::master::MasterClient;
 use efc_client::peers::{Peers, PeersOptions};
 use efc_client::ring::RingWatch;
 use efc_common::id::SourceId;
 use efc_common::node::{Entry, Node};
-use efc_common::source::{SecretRef, SourceSpec};
+use efc_common::source::SourceSpec;
 use efc_common::{Error, Kind, Result};
 use efc_proto::control::{Dataset, Mount};
 use std::sync::Arc;
@@ -73,10 +73,7 @@ impl Origin {
         mount: &Mount,
     ) -> Result<Arc<Origin>> {
         let spec = source_of(&dataset.name, mount)?;
-        let keys = match spec.secret {
-            SecretRef::Env if spec.kind.is_object_store() => Some(keys_from_env(spec.kind)?),
-            _ => None,
-        };
+        let keys = keys_to_send(&spec, None)?;
         let backend = connect(&spec, keys.as_ref()).await?;
         let seconds = dataset.consistency.strip_prefix("ttl=").and_then(|t| t.parse().ok());
         Ok(Arc::new(Origin {

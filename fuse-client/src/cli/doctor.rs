@@ -6,8 +6,8 @@ use crate::options::MountOptions;
 use crate::process::{SourceArg, parse_source};
 use bytes::Bytes;
 use efc_backend::DynBackend;
+use efc_backend::object::keys_to_send;
 use efc_common::node::{FileKind, Node};
-use efc_common::source::SecretRef;
 use efc_common::units::show_bytes;
 use efc_common::{Error, Kind, Result};
 use futures::StreamExt;
@@ -114,10 +114,7 @@ async fn measure(source: &str, texts: &[String]) -> Result<Origin> {
     let SourceArg::Store(spec) = parse_source(source, &options)? else {
         return Err(Error::new(Kind::Unsupported, "doctor measures a store: give its own URL instead of dataset://"));
     };
-    let keys = match spec.secret {
-        SecretRef::Env if spec.kind.is_object_store() => Some(efc_backend::object::keys_from_env(spec.kind)?),
-        _ => options.keys.clone(),
-    };
+    let keys = keys_to_send(&spec, options.keys.as_ref())?;
     let backend = efc_backend::connect(&spec, keys.as_ref()).await?;
     let root = backend.root().await?;
     let mut times = Vec::new();

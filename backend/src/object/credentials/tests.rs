@@ -1,3 +1,5 @@
+//! Each kind of secret against what gives it: environment, files, programs, fake metadata and STS services.
+
 use super::*;
 use efc_common::Retry;
 use reqsign_core::StaticEnv;

@@ -1,3 +1,5 @@
+//! Signatures against published examples and, for keys both can sign, against reqsign.
+
 use super::*;
 use efc_common::source::Secret;
 use proptest::prelude::*;
