@@ -3,7 +3,7 @@
 //! Tools take turns within a test, and their order rotates from round to round, so that a machine that gets slower or busier hits all alike.
 
 use crate::data::Data;
-use crate::proc::{cpu_seconds, descendants, drop_caches};
+use crate::proc::{cpu_seconds, descendants, drop_caches, touch_memory};
 use crate::tool::{Kind, Mounted, Place, Tool, beside, mount, start};
 use crate::work::{self, Tally};
 use anyhow::{Context, Result};
@@ -237,6 +237,9 @@ impl Session<'_> {
 
     fn measure(&self, mounted: &Mounted, phase: Phase) -> Result<Measured> {
         let fuse = || if self.tool.is_efc() { mounted.fuse_requests().map(Some) } else { Ok(None) };
+        if phase != Phase::Hot {
+            touch_memory();
+        }
         let before = fuse()?;
         let load = load();
         self.server.reset_stats();

@@ -17,11 +17,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::timeout;
 
 /// Segments of one fetch that are being stored while the next ones stream in.
 const INSERTS_MAX: usize = 4;
+/// Segments being written to disk by fetches, because memory did not take them.
+const DISK_WRITES_MAX: usize = 16;
+/// A fetch waits so long for its turn at the disks, then its segment is not cached: a disk that hangs slows reads, and no more.
+const DISK_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Fetches segments.
 pub(crate) struct Fetcher {
@@ -29,6 +33,7 @@ pub(crate) struct Fetcher {
     store: Arc<Store>,
     budget: ByteBudget,
     gate: Semaphore,
+    disk_writes: Arc<Semaphore>,
     deadline: Duration,
     tasks: TaskGroup,
     /// Range requests made.
@@ -51,6 +56,7 @@ impl Fetcher {
             store,
             budget,
             gate: Semaphore::new(concurrency.max(1)),
+            disk_writes: Arc::new(Semaphore::new(DISK_WRITES_MAX)),
             deadline,
             tasks,
             requests: AtomicU64::new(0),
@@ -101,12 +107,22 @@ impl Fetcher {
                 let Some((pieces, sums)) = cutter.take(&mut piece, segment_len(file.size, index) as usize) else {
                     break;
                 };
-                flight.put(index, Filled::Fresh { pieces: pieces.clone(), sums: sums.clone(), hold: hold.clone() });
-                if inserts.len() >= INSERTS_MAX {
-                    inserts.join_next().await;
+                let key = file.key(index);
+                match self.store.insert_memory(key, &pieces, &sums, InsertOptions::default()) {
+                    Some(Inserted::Stored(segment)) => flight.put(index, Filled::Stored(segment)),
+                    // Counted by the store; the waiters have the bytes.
+                    Some(Inserted::Bypassed(_)) => {
+                        flight.put(index, Filled::Fresh { pieces, sums, hold: hold.clone() })
+                    }
+                    None => {
+                        let fresh = Filled::Fresh { pieces: pieces.clone(), sums: sums.clone(), hold: hold.clone() };
+                        flight.put(index, fresh);
+                        if inserts.len() >= INSERTS_MAX {
+                            inserts.join_next().await;
+                        }
+                        inserts.spawn(self.insert_disk(flight.clone(), index, pieces, sums));
+                    }
                 }
-                let (store, flight) = (self.store.clone(), flight.clone());
-                inserts.spawn_blocking(move || insert(&store, &flight, index, &pieces, &sums));
                 index += 1;
             }
         }
@@ -116,13 +132,32 @@ impl Fetcher {
         }
         Ok(())
     }
-}
 
-fn insert(store: &Store, flight: &Flight, index: u32, pieces: &[Bytes], sums: &[u32]) {
-    match store.insert(flight.file.key(index), pieces, sums, InsertOptions::default()) {
-        Inserted::Stored(segment) => flight.replace(index, Filled::Stored(segment)),
-        // Counted by the store; the waiters have the bytes.
-        Inserted::Bypassed(_) => {}
+    /// Writes a segment to disk, once it is its turn.
+    fn insert_disk(
+        &self,
+        flight: Arc<Flight>,
+        index: u32,
+        pieces: Arc<[Bytes]>,
+        sums: Arc<[u32]>,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let (store, turns) = (self.store.clone(), self.disk_writes.clone());
+        async move {
+            let Ok(Ok(turn)) = timeout(DISK_PATIENCE, turns.acquire_owned()).await else {
+                return store.disk_is_behind();
+            };
+            let write = spawn_blocking(move || {
+                let _turn = turn;
+                match store.insert_disk(flight.file.key(index), &pieces, &sums, InsertOptions::default()) {
+                    Inserted::Stored(segment) => flight.replace(index, Filled::Stored(segment)),
+                    // Counted by the store; the waiters have the bytes.
+                    Inserted::Bypassed(_) => {}
+                }
+            });
+            if let Err(e) = write.await {
+                tracing::error!(error = %e, "storing a segment failed");
+            }
+        }
     }
 }
 

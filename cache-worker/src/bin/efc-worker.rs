@@ -112,7 +112,7 @@ fn main() -> std::process::ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
-    efc_common::alloc::tune(None, 8 << 20);
+    efc_common::alloc::tune(Some(4 << 20), 16 << 20);
     efc_common::log::install(&args.log_level, args.log_format.parse()?, args.log_file.as_deref())?;
     let config = config(&args)?;
     let drain = parse_duration(&args.drain_timeout).context("--drain-timeout")?;

@@ -5,8 +5,9 @@
 //! this room; it calls nobody. Look-ups are synchronous table work; [`Store::insert`] and [`Segment::read`] do file I/O.
 //!
 //! Tiering: a fetched segment goes to memory and, if the disk's policy wants it, a background writer copies it to a disk at once
-//! (so that a killed worker comes back warm); a disk hit that comes again is copied up to memory if memory's policy prefers it
-//! to what it holds. A disk that fails or fills up is a miss, never an error to the caller.
+//! (so that a killed worker comes back warm); memory evicts nothing that has still to be copied, so when it is full of that, new
+//! segments go straight to disk. A disk hit that comes again is copied up to memory if memory's policy prefers it to what it
+//! holds. A disk that fails or fills up is a miss, never an error to the caller.
 
 mod counters;
 mod index;
@@ -106,7 +107,7 @@ pub enum BypassReason {
     IoError,
     /// The tier is out of use.
     Ejected,
-    /// The disk writer is behind.
+    /// The disks are behind.
     DiskQueue,
     /// No bytes, too many bytes, or checksums that do not fit the length.
     Malformed,
@@ -272,54 +273,90 @@ impl Store {
         self.tiers.all().any(|s| s.peek(key).is_some())
     }
 
-    /// Stores a segment whose bytes are `pieces` in order, with one CRC-32C per granule in `sums` (not checked here). Blocks for
-    /// a write to memory; without a memory tier, or with `pinned`, for a write to disk. Never fails: what cannot be stored is
-    /// bypassed and counted.
+    /// Stores a segment whose bytes are `pieces` in order, with one CRC-32C per granule in `sums` (not checked here). May block for a
+    /// write to disk. Never fails: what cannot be stored is bypassed and counted.
     pub fn insert(&self, key: SegmentKey, pieces: &[Bytes], sums: &[u32], options: InsertOptions) -> Inserted {
-        let inserted = self.insert_inner(key, pieces, sums, options);
-        match inserted {
-            Ok(entry) => Inserted::Stored(Segment { entry }),
-            Err(reason) => {
-                self.tiers.counters.bypassed(reason);
-                Inserted::Bypassed(reason)
-            }
+        match self.insert_memory(key, pieces, sums, options) {
+            Some(inserted) => inserted,
+            None => self.insert_disk(key, pieces, sums, options),
         }
     }
 
-    fn insert_inner(
+    /// The part of [`Store::insert`] that waits for no disk. `None`: memory does not take it, so [`Store::insert_disk`] is due.
+    pub fn insert_memory(
         &self,
         key: SegmentKey,
         pieces: &[Bytes],
         sums: &[u32],
         options: InsertOptions,
-    ) -> std::result::Result<Arc<Entry>, BypassReason> {
+    ) -> Option<Inserted> {
         let t = &*self.tiers;
+        let disk = t.home(&key).is_some();
+        let slices: Vec<&[u8]> = pieces.iter().map(|p| &p[..]).collect();
+        let put = match (&t.memory, self.request(key, &slices, sums, options)) {
+            (_, Err(reason)) => Err(reason),
+            // Pinned sets may be larger than memory: they live on disk if there is one.
+            (Some(memory), Ok(request)) if !(disk && options.pinned) => self.put_memory(memory, &request),
+            (None, Ok(_)) if !disk => Err(BypassReason::Ejected),
+            _ => return None,
+        };
+        match put {
+            Err(reason) if disk && reason != BypassReason::Malformed => None,
+            put => Some(self.inserted(put)),
+        }
+    }
+
+    /// Stores a segment on disk, past memory; a pinned one that no disk takes in memory after all. Blocks.
+    pub fn insert_disk(&self, key: SegmentKey, pieces: &[Bytes], sums: &[u32], options: InsertOptions) -> Inserted {
+        let t = &*self.tiers;
+        let slices: Vec<&[u8]> = pieces.iter().map(|p| &p[..]).collect();
+        let put = self.request(key, &slices, sums, options).and_then(|request| {
+            let disk = t.home(&key).ok_or(BypassReason::Ejected);
+            let put = disk.and_then(|d| d.put(&PutRequest { trial: false, ..request }, &|_| true, &mut drop));
+            match (put, &t.memory) {
+                (Err(_), Some(memory)) if options.pinned => self.put_memory(memory, &request),
+                (put, _) => put,
+            }
+        });
+        self.inserted(put)
+    }
+
+    /// Counts a segment that was not stored because the disks are behind.
+    pub fn disk_is_behind(&self) {
+        self.tiers.counters.bypassed(BypassReason::DiskQueue);
+    }
+
+    fn request<'a>(
+        &self,
+        key: SegmentKey,
+        pieces: &'a [&'a [u8]],
+        sums: &'a [u32],
+        options: InsertOptions,
+    ) -> std::result::Result<PutRequest<'a>, BypassReason> {
         let len = well_formed(pieces, sums).ok_or(BypassReason::Malformed)?;
         let ttl = options.ttl.or(self.ttl);
-        let expires_ms = ttl.map_or(0, |ttl| t.clock.now_ms().saturating_add(ttl.as_millis() as u64).max(1));
-        let request =
-            PutRequest { key, pieces, len, sums, pinned: options.pinned, expires_ms, trial: true, admitted: false };
-        let to_disk = PutRequest { trial: false, ..request };
-        // Pinned sets may be larger than memory: they live on disk if there is one.
-        if options.pinned
-            && let Some(disk) = t.home(&key)
-            && let Ok(entry) = disk.put(&to_disk, &mut drop)
-        {
-            return Ok(entry);
-        }
-        let Some(memory) = &t.memory else {
-            let disk = t.home(&key).ok_or(BypassReason::Ejected)?;
-            return disk.put(&to_disk, &mut drop);
-        };
-        match memory.put(&request, &mut |gone| self.writer.offer(gone, true)) {
-            Ok(entry) => {
-                self.writer.offer(entry.clone(), false);
-                Ok(entry)
+        let now_ms = self.tiers.clock.now_ms();
+        let expires_ms = ttl.map_or(0, |ttl| now_ms.saturating_add(ttl.as_millis() as u64).max(1));
+        Ok(PutRequest { key, pieces, len, sums, pinned: options.pinned, expires_ms, trial: true, admitted: false })
+    }
+
+    /// Memory never evicts what a disk has still to be asked to take, unless the disks hang: nothing that was fetched is lost
+    /// because disks are slow, and what finds no room in memory goes to disk at the disk's pace.
+    fn put_memory(&self, memory: &Slab, request: &PutRequest<'_>) -> std::result::Result<Arc<Entry>, BypassReason> {
+        let copies = self.writer.copies();
+        let may_go = |e: &Entry| !copies || e.offered.load(Relaxed);
+        let entry = memory.put(request, &may_go, &mut drop)?;
+        self.writer.offer(entry.clone());
+        Ok(entry)
+    }
+
+    fn inserted(&self, put: std::result::Result<Arc<Entry>, BypassReason>) -> Inserted {
+        match put {
+            Ok(entry) => Inserted::Stored(Segment { entry }),
+            Err(reason) => {
+                self.tiers.counters.bypassed(reason);
+                Inserted::Bypassed(reason)
             }
-            Err(reason) => match t.home(&key) {
-                Some(disk) if !options.pinned => disk.put(&to_disk, &mut drop),
-                _ => Err(reason),
-            },
         }
     }
 

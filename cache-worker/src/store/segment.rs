@@ -181,23 +181,34 @@ impl Segment {
     /// dropped from the store and counted. [`Kind::Io`] and the like when the disk fails; counted against the disk. The
     /// caller treats the last two as a miss.
     pub fn read(&self, range: Range<u32>) -> Result<Bytes> {
+        let mut out = Vec::new();
+        let start = self.read_into(range.clone(), &mut out)?;
+        Ok(Bytes::from(out).slice(start..start + range.len()))
+    }
+
+    /// As [`Segment::read`], but the granules that `range` touches take the place of what `out` holds; returns where in `out` the
+    /// range begins.
+    ///
+    /// # Errors
+    /// As [`Segment::read`].
+    pub(super) fn read_into(&self, range: Range<u32>, out: &mut Vec<u8>) -> Result<usize> {
         let e = self.entry.deref();
         if range.start > range.end || range.end > e.len {
             return Err(Error::new(Kind::Invalid, "range outside the segment")
                 .with("range", format!("{}..{}", range.start, range.end))
                 .with("bytes", e.len));
         }
+        out.clear();
         if range.is_empty() {
-            return Ok(Bytes::new());
+            return Ok(0);
         }
         let first = range.start / GRANULE_BYTES;
         let wide = first * GRANULE_BYTES..range.end.next_multiple_of(GRANULE_BYTES).min(e.len);
-        let bytes = match self.pread(wide.clone()) {
-            Ok(b) => b,
-            Err(io) => return Err(self.failed(io)),
-        };
-        let mut bad = bytes.len() != wide.len();
-        for (chunk, want) in bytes.chunks(GRANULE_BYTES as usize).zip(&e.sums[first as usize..]) {
+        if let Err(io) = self.pread(wide.clone(), out) {
+            return Err(self.failed(io));
+        }
+        let mut bad = out.len() != wide.len();
+        for (chunk, want) in out.chunks(GRANULE_BYTES as usize).zip(&e.sums[first as usize..]) {
             bad |= crc32c(chunk) != *want;
         }
         if bad {
@@ -209,17 +220,17 @@ impl Segment {
         if wide == (0..e.len) {
             e.verified.store(true, Relaxed);
         }
-        Ok(Bytes::from(bytes).slice((range.start - wide.start) as usize..(range.end - wide.start) as usize))
+        Ok((range.start - wide.start) as usize)
     }
 
-    /// The bytes of `range`; shorter only when the file ends early.
-    fn pread(&self, range: Range<u32>) -> std::io::Result<Vec<u8>> {
+    /// Appends the bytes of `range` to the empty `out`; fewer only when the file ends early.
+    fn pread(&self, range: Range<u32>, out: &mut Vec<u8>) -> std::io::Result<()> {
         let (file, start) = self.file();
-        let mut out = Vec::with_capacity(range.len());
+        out.reserve_exact(range.len());
         while out.len() < range.len() {
             let at = start + range.start as u64 + out.len() as u64;
             // The capacity may be larger than asked for: what lies past the range is cut off below.
-            match rustix::io::pread(file, rustix::buffer::spare_capacity(&mut out), at) {
+            match rustix::io::pread(file, rustix::buffer::spare_capacity(out), at) {
                 Ok(0) => break,
                 Ok(_) => {}
                 Err(rustix::io::Errno::INTR) => {}
@@ -227,7 +238,7 @@ impl Segment {
             }
         }
         out.truncate(range.len());
-        Ok(out)
+        Ok(())
     }
 
     fn corrupt(&self) -> Error {

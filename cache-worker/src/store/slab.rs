@@ -16,7 +16,6 @@ use std::io::IoSlice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
-use bytes::Bytes;
 use efc_common::block::{GRANULES_PER_SEGMENT, SEGMENT_BYTES};
 use efc_common::id::{ContentId, SegmentKey};
 use parking_lot::Mutex;
@@ -68,7 +67,7 @@ pub(super) struct Slab {
 #[derive(Clone, Copy)]
 pub(super) struct PutRequest<'a> {
     pub(super) key: SegmentKey,
-    pub(super) pieces: &'a [Bytes],
+    pub(super) pieces: &'a [&'a [u8]],
     pub(super) len: u32,
     pub(super) sums: &'a [u32],
     pub(super) pinned: bool,
@@ -157,18 +156,19 @@ impl Slab {
         self.state.lock().policy.seen(key_hash(key));
     }
 
-    /// Stores a segment: makes room, writes, and only then lets it be found. `evicted` is called with what had to go, before
-    /// its room is taken, and may keep it (limbo).
+    /// Stores a segment: makes room among what `may_go`, writes, and only then lets it be found. `evicted` is called with what
+    /// had to go, before its room is taken, and may keep it (limbo).
     pub(super) fn put(
         &self,
         r: &PutRequest<'_>,
+        may_go: &dyn Fn(&Entry) -> bool,
         evicted: &mut dyn FnMut(Arc<Entry>),
     ) -> Result<Arc<Entry>, BypassReason> {
         if self.ejected() {
             return Err(BypassReason::Ejected);
         }
         let mut out = Vec::new();
-        let claimed = self.claim(r, &mut out);
+        let claimed = self.claim(r, may_go, &mut out);
         self.counters.removed(self.shared.tier, Removal::Capacity, out.len() as u64);
         out.into_iter().for_each(evicted);
         if let Some(existing) = claimed? {
@@ -209,7 +209,12 @@ impl Slab {
     }
 
     /// Evicts until `r` fits among the residents, and claims its room. `Ok(Some)` when the key is there already.
-    fn claim(&self, r: &PutRequest<'_>, out: &mut Vec<Arc<Entry>>) -> Result<Option<Arc<Entry>>, BypassReason> {
+    fn claim(
+        &self,
+        r: &PutRequest<'_>,
+        may_go: &dyn Fn(&Entry) -> bool,
+        out: &mut Vec<Arc<Entry>>,
+    ) -> Result<Option<Arc<Entry>>, BypassReason> {
         let bytes = cost(r.len);
         let mut guard = self.state.lock();
         let s = &mut *guard;
@@ -232,7 +237,7 @@ impl Slab {
             let (slots, limbo) = (&s.slots, s.limbo);
             let mut usable = |id: u32| {
                 let Some(e) = &slots[id as usize] else { return false };
-                Arc::strong_count(e) == 1 || limbo + cost(e.len) <= self.reserve
+                may_go(e) && (Arc::strong_count(e) == 1 || limbo + cost(e.len) <= self.reserve)
             };
             let Some(id) = s.policy.victim(c, &mut usable) else { return Err(BypassReason::Busy) };
             let Some(entry) = s.slots[id as usize].take() else { continue };
@@ -521,8 +526,8 @@ pub(super) fn punch(data: &File, slots: std::ops::Range<u32>) -> std::io::Result
 }
 
 /// Do the lengths of a request fit together?
-pub(super) fn well_formed(pieces: &[Bytes], sums: &[u32]) -> Option<u32> {
-    let len: usize = pieces.iter().map(Bytes::len).sum();
+pub(super) fn well_formed(pieces: &[&[u8]], sums: &[u32]) -> Option<u32> {
+    let len: usize = pieces.iter().map(|p| p.len()).sum();
     let len = u32::try_from(len).ok().filter(|n| (1..=SEGMENT_BYTES).contains(n))?;
     (sum_count(len) == sums.len()).then_some(len)
 }

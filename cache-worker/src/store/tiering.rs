@@ -39,17 +39,20 @@ fn what_memory_takes_is_on_disk_soon_and_survives_the_process() {
 }
 
 #[test]
-fn a_disk_writer_that_is_behind_loses_copies_and_never_blocks_or_exceeds() {
+fn a_disk_writer_that_is_behind_loses_nothing_and_memory_keeps_its_quota() {
     let dir = Place::Disk.dir();
-    let store = Store::open(two_tiers(dir.path(), 8 << 20, 128 << 20)).expect("open");
+    let config = two_tiers(dir.path(), 8 << 20, 256 << 20);
+    let store = Store::open(config.clone()).expect("open");
+    // About 70 MiB as fast as it goes, through 8 MiB of memory.
     for n in 0..400 {
         assert!(matches!(insert(&store, n), Inserted::Stored(s) if is_right(&s, n)), "{n}");
         assert!(store.stats().tiers[0].used_bytes <= 8 << 20);
     }
     store.flush();
-    let there = (0..400).filter(|n| tier_of(&store, *n).is_some()).count() as u64;
-    let stats = store.stats();
-    assert!(there >= stats.tiers[1].segments && there + stats.bypassed >= 400, "{there} {stats:?}");
+    assert_eq!(store.stats().bypassed, 0, "{:?}", store.stats());
+    drop(store);
+    let store = Store::open(config).expect("reopen");
+    assert_eq!((0..400).filter(|n| tier_of(&store, *n) != Some(Tier::Disk(0))).count(), 0);
 }
 
 #[test]

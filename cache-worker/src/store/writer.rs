@@ -2,25 +2,28 @@
 //!
 //! Its queue holds guards, so it is bounded in bytes by the share of the memory quota that is set aside for entries in limbo
 //! ([`super::reserve`]). When the queue is full the segment is not written now: reads never wait for a cache disk. The thread
-//! looks for such segments in memory when it has nothing else to do; those that memory evicts before are lost to the disk.
+//! looks for such segments in memory when it has nothing else to do, and memory keeps them until then ([`Writer::copies`]).
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use efc_common::error::Context;
 use efc_common::id::SegmentKey;
 use efc_common::{Kind, Result};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use super::Tiers;
 use super::segment::{Entry, Segment, Tier};
 use super::slab::{PutRequest, Slab};
 use super::table::cost;
-use super::{BypassReason, Tiers};
 
 /// Disk entries waiting to be copied to memory.
 const PROMOTIONS_MAX: usize = 64;
+/// A write that takes longer is a disk that hangs.
+const HANG: Duration = Duration::from_secs(5);
 /// Slots of memory looked at in one go, under its lock.
 const SWEEP_SLOTS: u32 = 4096;
 
@@ -38,6 +41,8 @@ struct Queue {
     sweep_again: bool,
     /// What the thread works on, and whether it is pinned.
     busy: Option<(SegmentKey, bool)>,
+    /// Since when.
+    busy_since: Option<Instant>,
     /// `busy` was removed from the store meanwhile: undo the copy.
     cancelled: bool,
     stop: bool,
@@ -88,12 +93,19 @@ impl Writer {
         Ok(Writer { state, thread })
     }
 
-    /// Memory took this entry in, or (`leaving`) has just evicted it: have it written to disk if a disk wants it. A disk is
-    /// asked once per entry, when there is room in the queue.
-    pub(super) fn offer(&self, entry: Arc<Entry>, leaving: bool) {
+    /// Memory took this entry in: have it written to disk if a disk wants it. A disk is asked once per entry, when there is room
+    /// in the queue.
+    pub(super) fn offer(&self, entry: Arc<Entry>) {
         if self.thread.is_some() {
-            self.state.offer(entry, leaving);
+            self.state.offer(entry);
         }
+    }
+
+    /// Will everything in memory that was not offered be offered yet? False without a disk in use, and while one hangs.
+    pub(super) fn copies(&self) -> bool {
+        self.thread.is_some()
+            && self.state.tiers.disks.iter().any(|d| !d.ejected())
+            && self.state.queue.lock().busy_since.is_none_or(|t| t.elapsed() < HANG)
     }
 
     /// A disk entry was asked for again.
@@ -167,6 +179,7 @@ impl Queue {
             None => Job::Promote(self.promotions.pop_front()?),
         };
         self.busy = Some((job.entry().key, job.entry().pinned.load(Relaxed)));
+        self.busy_since = Some(Instant::now());
         self.cancelled = false;
         Some(job)
     }
@@ -181,13 +194,14 @@ impl Job {
 
 impl State {
     fn run(&self) {
+        let mut buffer = Vec::new();
         while let Some(job) = self.wait() {
             let target = match &job {
                 Job::Write(e) => self.tiers.home(&e.key),
                 Job::Promote(_) => self.tiers.memory.as_ref(),
             };
             if let Some(target) = target {
-                self.copy(&job, target);
+                self.copy(&job, target, &mut buffer);
             }
             let room = matches!(job, Job::Write(_)) as u64 * cost(job.entry().len);
             let key = job.entry().key;
@@ -199,6 +213,7 @@ impl State {
             let mut q = self.queue.lock();
             q.writes_bytes -= room;
             q.busy = None;
+            q.busy_since = None;
             let cancelled = q.cancelled;
             drop(q);
             if cancelled && let Some(target) = target {
@@ -230,19 +245,17 @@ impl State {
     /// Offers some entries of memory that no disk was asked to take; the slot to go on from.
     fn sweep(&self, from: u32) -> Option<u32> {
         let (entries, next) = self.tiers.memory.as_ref()?.not_offered(from, SWEEP_SLOTS, self.bytes_max / 2);
-        entries.into_iter().for_each(|e| self.offer(e, false));
+        entries.into_iter().for_each(|e| self.offer(e));
         next
     }
 
-    /// Is there room for one more write? If not, notes who has to be looked for later, or is lost because it is leaving memory.
-    fn has_room(&self, room: u64, leaving: bool) -> bool {
+    /// Is there room for one more write? If not, it has to be looked for later.
+    fn has_room(&self, room: u64) -> bool {
         let mut q = self.queue.lock();
         if q.writes_bytes + room <= self.bytes_max {
             return true;
         }
-        if leaving {
-            self.tiers.counters.bypassed(BypassReason::DiskQueue);
-        } else if q.sweep.is_some() {
+        if q.sweep.is_some() {
             q.sweep_again = true;
         } else {
             q.sweep = Some(0);
@@ -251,10 +264,10 @@ impl State {
     }
 
     /// See [`Writer::offer`].
-    fn offer(&self, entry: Arc<Entry>, leaving: bool) {
+    fn offer(&self, entry: Arc<Entry>) {
         let room = cost(entry.len);
         let Some(disk) = self.tiers.home(&entry.key) else { return };
-        if entry.offered.load(Relaxed) || !self.has_room(room, leaving) {
+        if entry.offered.load(Relaxed) || !self.has_room(room) {
             return;
         }
         if entry.offered.swap(true, Relaxed)
@@ -269,23 +282,20 @@ impl State {
     }
 
     /// Copies one segment; what goes wrong is counted where it went wrong, and the segment is not copied.
-    fn copy(&self, job: &Job, target: &Slab) {
+    fn copy(&self, job: &Job, target: &Slab, buffer: &mut Vec<u8>) {
         let entry = job.entry();
         let promote = matches!(job, Job::Promote(_));
         if target.peek(&entry.key).is_some() {
             return;
         }
         let segment = Segment { entry: entry.clone() };
-        let bytes = match segment.read(0..entry.len) {
-            Ok(b) => b,
-            Err(e) => {
-                debug_assert!(!e.is(Kind::Invalid), "a whole segment is a valid range");
-                return;
-            }
-        };
+        if let Err(e) = segment.read_into(0..entry.len, buffer) {
+            debug_assert!(!e.is(Kind::Invalid), "a whole segment is a valid range");
+            return;
+        }
         let request = PutRequest {
             key: entry.key,
-            pieces: &[bytes],
+            pieces: &[buffer],
             len: entry.len,
             sums: entry.sums(),
             pinned: !promote && entry.pinned.load(Relaxed),
@@ -293,7 +303,7 @@ impl State {
             trial: false,
             admitted: true,
         };
-        match target.put(&request, &mut drop) {
+        match target.put(&request, &|_| true, &mut drop) {
             Ok(copy) => {
                 // A memory copy of a disk entry need not be written to disk.
                 copy.offered.store(promote, Relaxed);
