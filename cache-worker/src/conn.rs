@@ -92,6 +92,8 @@ pub(crate) struct Conn {
     server: Arc<Server>,
     /// The peer is of our own user: it came through the unix socket.
     own_user: bool,
+    /// It was given our memory tier to read by itself.
+    shares: bool,
     slots: Mutex<HashMap<u32, Arc<Source>>>,
     room: Arc<Semaphore>,
     out: mpsc::Sender<Outgoing>,
@@ -106,18 +108,19 @@ where
 {
     let mut reader = BufReader::with_capacity(4096, reader);
     let greeting = timeout(HANDSHAKE_DEADLINE, greet(&server, &mut reader, &writer)).await;
-    match greeting {
-        Ok(Ok(true)) => {}
-        Ok(Ok(false)) => return,
+    let shares = match greeting {
+        Ok(Ok(Some(shares))) => shares,
+        Ok(Ok(None)) => return,
         Ok(Err(e)) => return refused("handshake", &e),
         Err(_) => return refused("handshake", &Error::new(Kind::Timeout, "no greeting came")),
-    }
+    };
     let (out, answers) = mpsc::channel(ANSWERS_MAX);
     let tasks = TaskGroup::new();
     let stop = tasks.token().drop_guard();
     let conn = Arc::new(Conn {
         server,
         own_user,
+        shares,
         slots: Mutex::default(),
         room: Arc::new(Semaphore::new(REQUESTS_MAX)),
         out,
@@ -153,9 +156,9 @@ fn refused(why: &'static str, e: &Error) {
     tracing::debug!(reason = why, error = %e, "data-plane connection refused");
 }
 
-/// The handshake; false if the peer closed the connection before it said anything.
-async fn greet<R: AsyncRead + Unpin>(server: &Server, reader: &mut R, writer: &WriteHalf) -> Result<bool> {
-    let Some(head) = frame::read_head(reader, 0).await? else { return Ok(false) };
+/// The handshake: was our memory shared? `None` if the peer closed the connection before it said anything.
+async fn greet<R: AsyncRead + Unpin>(server: &Server, reader: &mut R, writer: &WriteHalf) -> Result<Option<bool>> {
+    let Some(head) = frame::read_head(reader, 0).await? else { return Ok(None) };
     let theirs = match head.message {
         Message::Hello(h) => h,
         m => return Err(Error::new(Kind::Corrupt, "peer did not greet").with("message", m.name())),
@@ -176,14 +179,22 @@ async fn greet<R: AsyncRead + Unpin>(server: &Server, reader: &mut R, writer: &W
     } else {
         None
     };
+    // Only our own user can open the unix socket: what it may read here it could ask us for.
+    let unix = matches!(writer, WriteHalf::Unix(_));
+    let files = server.service().store.shared_files().filter(|_| theirs.share && unix && error.is_none());
     let answer: Message = match &error {
         Some(e) => to_fail(e, 0).into(),
-        None => server.hello().into(),
+        None => data::Hello { share: files.is_some(), ..server.hello() }.into(),
     };
     let head = frame::encode_head(head.request, 0, &answer, 0)?;
-    let frames = [Outgoing { head, parts: Vec::new(), _holds: Vec::new() }];
-    writer.send(&frames, HANDSHAKE_DEADLINE).await?;
-    error.map_or(Ok(true), Err)
+    match &files {
+        Some(files) => writer.send_files(&head, files, HANDSHAKE_DEADLINE).await?,
+        None => {
+            let frames = [Outgoing { head, parts: Vec::new(), _holds: Vec::new() }];
+            writer.send(&frames, HANDSHAKE_DEADLINE).await?;
+        }
+    }
+    error.map_or(Ok(Some(files.is_some())), Err)
 }
 
 /// Sends answers until all askers are gone.
@@ -240,6 +251,10 @@ impl Conn {
             },
             Message::Read(_) | Message::ReadMany(_) | Message::Attach(_) | Message::List(_) => {}
             Message::Manage(_) | Message::CacheStat(_) | Message::EvictAll(_) => {}
+            Message::Touched(t) => {
+                self.server.service().touched(&t.touches);
+                return Ok(());
+            }
             m => return Err(Error::new(Kind::Invalid, "peer sent an answer as a request").with("message", m.name())),
         }
         let Ok(turn) = self.room.clone().acquire_owned().await else { return Ok(()) };
@@ -316,7 +331,8 @@ impl Conn {
     }
 
     fn wanted(&self, read: &data::Read, item: u32) -> Result<Wanted> {
-        self.server.service().wanted(self.slot(read.slot)?, read, item)
+        let wanted = self.server.service().wanted(self.slot(read.slot)?, read, item)?;
+        Ok(wanted.by_place(read.by_place && self.shares))
     }
 
     fn slot(&self, slot: u32) -> Result<Arc<Source>> {

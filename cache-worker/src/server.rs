@@ -96,7 +96,7 @@ impl Server {
 
     pub(crate) fn hello(&self) -> data::Hello {
         let (cluster, peer, epoch) = (self.cluster(), self.id.clone(), self.epoch());
-        data::Hello { protocol: PROTOCOL_VERSION, cluster, peer, epoch, requests: REQUESTS_MAX as u32 }
+        data::Hello { protocol: PROTOCOL_VERSION, cluster, peer, epoch, requests: REQUESTS_MAX as u32, share: false }
     }
 
     pub(crate) fn connections(&self) -> usize {

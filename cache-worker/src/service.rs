@@ -1,8 +1,8 @@
 //! What a worker does for a request: reads, directories and cache administration. Called by [`crate::conn`] with a checked frame;
 //! decides between tier and origin, and makes the answer's frames.
 //!
-//! Copies of a byte on its way through: memory hit none in user space (`sendfile`); disk hit one, to verify it; miss none but
-//! the backend's own and the store's write.
+//! Copies of a byte on its way through: memory hit none in user space (`sendfile`), and not even that for a client on this host
+//! that shares our memory: it is told the place; disk hit one, to verify it; miss none but the backend's own and the store's write.
 
 use crate::conn::Replier;
 use crate::fetch::Fetcher;
@@ -88,12 +88,18 @@ pub(crate) struct Wanted {
     first: u32,
     pieces: Vec<Option<Piece>>,
     cached_only: bool,
+    by_place: bool,
 }
 
 impl Wanted {
     /// Can it be answered at once, without a disk, the origin or memory of ours?
     pub(crate) fn at_hand(&self) -> bool {
         self.pieces.iter().all(|p| matches!(p, Some(Piece::Stored(s)) if s.sendable()))
+    }
+
+    /// Answer with places where there are any?
+    pub(crate) fn by_place(self, by_place: bool) -> Self {
+        Wanted { by_place, ..self }
     }
 
     /// What of segment `index` is wanted, relative to it.
@@ -109,10 +115,11 @@ impl Wanted {
     }
 }
 
-/// An answer frame in the making: neighbouring parts of one tier.
+/// An answer frame in the making: neighbouring parts of one tier, all of them sent or all told by place.
 #[derive(Default)]
 struct Run {
     parts: Vec<Part>,
+    places: Vec<data::Place>,
     sums: Vec<u32>,
     holds: Vec<Arc<Hold>>,
     bytes: usize,
@@ -121,8 +128,15 @@ struct Run {
 
 impl Run {
     /// May a part of `tier` be added?
-    fn takes(&self, tier: data::Tier, bytes: usize) -> bool {
-        self.bytes == 0 || (self.tier == tier && self.bytes + bytes <= FRAME_BYTES)
+    fn takes(&self, tier: data::Tier, bytes: usize, placed: bool) -> bool {
+        let like = self.tier == tier && placed != self.places.is_empty();
+        self.bytes == 0 || (like && self.bytes + bytes <= FRAME_BYTES)
+    }
+
+    fn add_place(&mut self, tier: data::Tier, part: &Range<u32>, place: data::Place) {
+        self.tier = tier;
+        self.bytes += part.len();
+        self.places.push(place);
     }
 
     fn add(&mut self, tier: data::Tier, part: &Range<u32>, sums: &[u32]) {
@@ -162,7 +176,15 @@ impl Service {
         let indexes = segments(wide.clone());
         let flights = self.fetcher.flights();
         let pieces = indexes.clone().map(|i| flights.stored(&file, i).map(Piece::Stored)).collect();
-        Ok(Wanted { file: Arc::new(file), item, wide, first: indexes.start, pieces, cached_only: read.cached_only })
+        Ok(Wanted {
+            file: Arc::new(file),
+            item,
+            wide,
+            first: indexes.start,
+            pieces,
+            cached_only: read.cached_only,
+            by_place: false,
+        })
     }
 
     /// Sets the fetches of a read off, without waiting for them.
@@ -186,10 +208,12 @@ impl Service {
                 at += 1;
             }
             let last = at == w.end();
-            let sums = std::mem::take(&mut run.sums);
-            let head = data::Data { item: w.item, offset, sums, last, tier: run.tier.into(), filled: 0 };
+            let (sums, places) = (std::mem::take(&mut run.sums), std::mem::take(&mut run.places));
+            let (placed, bulk) = if places.is_empty() { (0, run.bytes) } else { (run.bytes as u32, 0) };
+            let tier = run.tier.into();
+            let head = data::Data { item: w.item, offset, sums, last, tier, filled: 0, places, placed };
             self.served.add(run.tier, run.bytes);
-            to.send(&head.into(), run.parts, run.bytes, run.holds).await?;
+            to.send(&head.into(), run.parts, bulk, run.holds).await?;
         }
         Ok(())
     }
@@ -203,10 +227,7 @@ impl Service {
             match w.pieces[(index - w.first) as usize].clone() {
                 Some(Piece::Stored(segment)) => {
                     let tier = wire_tier(segment.tier());
-                    if !run.takes(tier, part.len()) {
-                        return Ok(false);
-                    }
-                    match self.add_stored(run, segment, tier, &part, to).await {
+                    match self.add_stored(run, w, segment, tier, &part, to).await {
                         Ok(added) => return Ok(added),
                         // The store has dropped and counted it: a miss like any other.
                         Err(e) if e.is(Kind::Corrupt) || e.is(Kind::Io) => again += 1,
@@ -214,7 +235,7 @@ impl Service {
                     }
                 }
                 Some(Piece::Flying { flight, started }) => {
-                    if !empty && (!flight.is_ready(index) || !run.takes(data::Tier::Origin, part.len())) {
+                    if !empty && !flight.is_ready(index) {
                         return Ok(false);
                     }
                     match flight.ready(index).await {
@@ -229,13 +250,16 @@ impl Service {
                     }
                     match flight.get(index)? {
                         Filled::Stored(segment) => {
-                            match self.add_stored(run, segment, data::Tier::Origin, &part, to).await {
+                            match self.add_stored(run, w, segment, data::Tier::Origin, &part, to).await {
                                 Ok(added) => return Ok(added),
                                 Err(e) if e.is(Kind::Corrupt) || e.is(Kind::Io) => again += 1,
                                 Err(e) => return Err(e),
                             }
                         }
                         Filled::Fresh { pieces, sums, hold } => {
+                            if !run.takes(data::Tier::Origin, part.len(), false) {
+                                return Ok(false);
+                            }
                             let Some(window) = hold_for_frame(to.window(), part.len(), empty).await else {
                                 return Ok(false);
                             };
@@ -264,15 +288,24 @@ impl Service {
         }
     }
 
-    /// Adds a stored segment: from its file as it is, or read and verified. False if there is no room for the latter in this frame.
+    /// Adds a stored segment: by its place, from its file as it is, or read and verified. False if it belongs into the next frame.
     async fn add_stored(
         &self,
         run: &mut Run,
+        w: &Wanted,
         segment: Segment,
         tier: data::Tier,
         part: &Range<u32>,
         to: &Replier,
     ) -> Result<bool> {
+        let place = if w.by_place { segment.place() } else { None };
+        if !run.takes(tier, part.len(), place.is_some()) {
+            return Ok(false);
+        }
+        if let Some(place) = place {
+            run.add_place(tier, part, place);
+            return Ok(true);
+        }
         if segment.sendable() {
             run.add(tier, part, segment.sums());
             run.parts.push(Part::Stored { segment, from: part.start, len: part.len() as u32 });
@@ -318,7 +351,16 @@ impl Service {
         }
         let (item, offset) = (w.item, w.wide.start);
         let tier = tier.into();
-        to.message(data::Data { item, offset, sums: Vec::new(), last: true, tier, filled: filled as u32 }).await
+        let filled = filled as u32;
+        to.message(data::Data { item, offset, last: true, tier, filled, ..Default::default() }).await
+    }
+
+    /// Counts what a client read in shared memory by itself.
+    pub(crate) fn touched(&self, touches: &[data::Touch]) {
+        for t in touches {
+            self.store.touch(t.at, t.seal);
+            self.served.add(data::Tier::Memory, t.bytes as usize);
+        }
     }
 
     pub(crate) async fn list(&self, to: &Replier, source: Arc<Source>, ask: data::List) -> Result<()> {

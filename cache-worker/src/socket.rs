@@ -4,8 +4,9 @@
 
 use bytes::{Bytes, BytesMut};
 use efc_common::limit::Hold;
-use rustix::net::{SendAncillaryBuffer, SendFlags};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,6 +58,19 @@ impl WriteHalf {
             }
         }
         self.write_all(&mut slices, false, stall).await
+    }
+
+    /// Sends a small frame whose first byte carries `files` (`SCM_RIGHTS`); only a unix socket can.
+    pub(crate) async fn send_files(&self, head: &[u8], files: &[BorrowedFd<'_>; 2], stall: Duration) -> io::Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let send = |fd: BorrowedFd<'_>| {
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            control.push(SendAncillaryMessage::ScmRights(files));
+            let n = rustix::net::sendmsg(fd, &[IoSlice::new(head)], &mut control, SendFlags::NOSIGNAL);
+            n.map_err(io::Error::from)
+        };
+        let n = within(stall, self.when_writable(send)).await?;
+        self.write_all(&mut vec![IoSlice::new(&head[n..])], false, stall).await
     }
 
     /// Writes `slices` and empties the list. `more`: something follows at once, so a packet need not leave half full.

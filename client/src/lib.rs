@@ -3,4 +3,5 @@
 pub mod master;
 pub mod peers;
 pub mod ring;
+pub mod shared;
 pub mod wire;

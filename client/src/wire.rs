@@ -6,8 +6,10 @@
 //! - A bulk is read from the socket into the buffer its user gets: no copy in between.
 //! - The peer may send a request no more bytes and frames than it was asked for; then, and on any broken frame, the connection is
 //!   closed and every waiter gets the reason.
+//! - A worker on this host shares its memory tier with its greeting; then its answers may name places in it instead of carrying bytes.
 //! - Dropping [`Answers`] cancels: what still arrives for it is read and thrown away.
 
+use crate::shared::SharedMemory;
 use bytes::{Buf, Bytes, BytesMut};
 use efc_common::block::GRANULE_BYTES;
 use efc_common::error::Context;
@@ -19,14 +21,17 @@ use efc_proto::data;
 use efc_proto::frame::{self, BULK_BYTES_MAX, Frame, Message, PROTOCOL_VERSION};
 use efc_proto::status::from_fail;
 use parking_lot::Mutex;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use std::collections::HashMap;
 use std::fmt;
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use tokio::io::{AsyncRead, BufReader};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader, Interest};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -114,6 +119,8 @@ struct Inner {
 pub struct Connection {
     inner: Arc<Inner>,
     hello: data::Hello,
+    /// The worker's memory tier, if it is on this host and shares it.
+    shared: Option<SharedMemory>,
     room: Arc<Semaphore>,
     tasks: TaskGroup,
 }
@@ -146,22 +153,32 @@ impl Connection {
     async fn open_unbounded(endpoint: &Endpoint, me: &Identity) -> Result<Arc<Connection>> {
         match endpoint {
             Endpoint::Tcp(addr) => {
-                let s = TcpStream::connect(addr).await.context("connect to worker")?;
+                let mut s = TcpStream::connect(addr).await.context("connect to worker")?;
                 s.set_nodelay(true).context("set TCP_NODELAY")?;
+                s.write_all(&greeting(me, false)?).await.context("greet worker")?;
                 let (r, w) = s.into_split();
-                Self::start(endpoint, r, WriteHalf::Tcp(w), me).await
+                Self::start(endpoint, r, WriteHalf::Tcp(w), None).await
             }
             Endpoint::Unix(path) => {
-                let s = UnixStream::connect(path).await.context("connect to worker")?;
+                let mut s = UnixStream::connect(path).await.context("connect to worker")?;
                 // Best effort: a smaller buffer only costs wake-ups.
                 let _ = socket2::SockRef::from(&s).set_recv_buffer_size(UNIX_BUFFER_BYTES);
+                s.write_all(&greeting(me, true)?).await.context("greet worker")?;
+                let (first, shared) = first_bytes(&s).await?;
                 let (r, w) = s.into_split();
-                Self::start(endpoint, r, WriteHalf::Unix(w), me).await
+                // What was read for the descriptors' sake comes first.
+                Self::start(endpoint, AsyncReadExt::chain(io::Cursor::new(first), r), WriteHalf::Unix(w), shared).await
             }
         }
     }
 
-    async fn start<R>(endpoint: &Endpoint, reader: R, half: WriteHalf, me: &Identity) -> Result<Arc<Connection>>
+    /// Takes over a socket on which our greeting was sent.
+    async fn start<R>(
+        endpoint: &Endpoint,
+        reader: R,
+        half: WriteHalf,
+        shared: Option<SharedMemory>,
+    ) -> Result<Arc<Connection>>
     where
         R: AsyncRead + Unpin + Send + 'static,
     {
@@ -176,7 +193,6 @@ impl Connection {
             started: Instant::now(),
             heard_ms: AtomicU64::new(0),
         });
-        inner.write(frame::encode_head(0, 0, &hello(me).into(), 0)?)?;
         let mut reader = BufReader::with_capacity(STAGE_BYTES, reader);
         let tasks = TaskGroup::new();
         let flusher = inner.clone();
@@ -209,7 +225,8 @@ impl Connection {
             read_side.fail(why);
         });
         stop.disarm();
-        Ok(Arc::new(Connection { inner, hello, room, tasks }))
+        let shared = shared.filter(|_| hello.share);
+        Ok(Arc::new(Connection { inner, hello, shared, room, tasks }))
     }
 
     /// Id of the worker, as it says itself.
@@ -225,6 +242,19 @@ impl Connection {
     /// Where it leads.
     pub fn endpoint(&self) -> &Endpoint {
         &self.inner.endpoint
+    }
+
+    /// The worker's memory tier, while the connection works: a worker that is gone has no memory that anybody should keep.
+    pub fn shared(&self) -> Option<&SharedMemory> {
+        self.shared.as_ref().filter(|_| self.inner.broken.get().is_none())
+    }
+
+    /// Sends a message that is not answered.
+    ///
+    /// # Errors
+    /// Why the connection is broken, or that too much waits for it.
+    pub fn tell(&self, message: impl Into<Message>) -> Result<()> {
+        self.inner.write(frame::encode_head(0, 0, &message.into(), 0)?)
     }
 
     /// Why it is of no more use; `None` while it works.
@@ -319,7 +349,7 @@ impl Connection {
     /// # Errors
     /// [`Kind::Timeout`] after `limit`, else why the connection is broken.
     pub async fn ping(&self, me: &Identity, limit: Duration) -> Result<()> {
-        let mut answers = self.start_request(&hello(me).into(), Instant::now() + limit, 0, None)?;
+        let mut answers = self.start_request(&hello(me, false).into(), Instant::now() + limit, 0, None)?;
         match answers.next().await?.message {
             Message::Hello(_) => Ok(()),
             Message::Fail(f) => Err(from_fail(&f)),
@@ -328,9 +358,40 @@ impl Connection {
     }
 }
 
-fn hello(me: &Identity) -> data::Hello {
+fn hello(me: &Identity, share: bool) -> data::Hello {
     let Identity { cluster, peer, epoch } = me.clone();
-    data::Hello { protocol: PROTOCOL_VERSION, cluster, peer, epoch, requests: 0 }
+    data::Hello { protocol: PROTOCOL_VERSION, cluster, peer, epoch, requests: 0, share }
+}
+
+fn greeting(me: &Identity, share: bool) -> Result<BytesMut> {
+    frame::encode_head(0, 0, &hello(me, share).into(), 0)
+}
+
+/// The first bytes a worker sends on a unix socket, and its memory tier if the descriptors of one came with them.
+async fn first_bytes(s: &UnixStream) -> Result<(Vec<u8>, Option<SharedMemory>)> {
+    let mut bytes = vec![0; STAGE_BYTES];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let receive = || {
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let parts = &mut [IoSliceMut::new(&mut bytes)];
+        let got = rustix::net::recvmsg(s, parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+        let mut files: Vec<OwnedFd> = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                files.extend(fds);
+            }
+        }
+        Ok((got.bytes, files))
+    };
+    let (n, files) = s.async_io(Interest::READABLE, receive).await.context("read the worker's greeting")?;
+    bytes.truncate(n);
+    let shared = match <[OwnedFd; 2]>::try_from(files) {
+        Ok([data, seals]) => SharedMemory::new(data, &seals)
+            .inspect_err(|e| tracing::warn!(error = %e, "memory of the worker on this host cannot be read directly"))
+            .ok(),
+        Err(_) => None,
+    };
+    Ok((bytes, shared))
 }
 
 /// The error of an answer that does not fit its question, or of none.

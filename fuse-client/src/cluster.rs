@@ -74,7 +74,9 @@ impl ClusterLink {
         if ring.current().is_empty() {
             warn!("the cluster has no worker: reads go to the origin until one registers");
         }
-        let peers = Peers::new(ring.clone(), spec.clone(), keys, me, PeersOptions::default());
+        // About two percent of the budget.
+        let places = options.memory_bytes / 16_384;
+        let peers = Peers::new(ring.clone(), spec.clone(), keys, me, PeersOptions { places, ..Default::default() });
         let client = format!("{host}:{}:{}", std::process::id(), mountpoint.display());
         tasks.spawn_graceful(keep_session(master, client, dataset.to_string(), tasks.clone()));
         Ok(ClusterLink { ring, peers, embedded })

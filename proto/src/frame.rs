@@ -74,6 +74,7 @@ messages! {
     12 CacheStats: "Answer to it.";
     13 EvictAll: "Drops all that is not pinned.";
     14 Fail: "The request, or one item of it, failed.";
+    15 Touched: "What the client read in shared memory; not answered.";
 }
 
 /// A frame in memory.
@@ -291,7 +292,10 @@ mod tests {
             read().prop_map(Message::from),
             proptest::collection::vec(read(), 0..5).prop_map(|items| data::ReadMany { items }.into()),
             (any::<u32>(), any::<u64>(), proptest::collection::vec(any::<u32>(), 0..16), any::<bool>()).prop_map(
-                |(item, offset, sums, last)| data::Data { item, offset, sums, last, tier: 1, filled: 0 }.into()
+                |(item, offset, sums, last)| {
+                    let (places, placed) = (vec![data::Place { at: offset, seal: 3, len: 7, sums: sums.clone() }], 5);
+                    data::Data { item, offset, sums, last, tier: 1, filled: 0, places, placed }.into()
+                }
             ),
             (any::<u64>(), any::<u64>(), any::<u32>()).prop_map(|(version, age_ms, bulk_sum)| data::Listing {
                 version,
@@ -318,6 +322,7 @@ mod tests {
                 length,
                 fill_only,
                 cached_only: false,
+                by_place: fill_only,
             },
         )
     }

@@ -18,4 +18,5 @@ pub mod state {
 
 pub mod convert;
 pub mod frame;
+pub mod shared;
 pub mod status;

@@ -24,6 +24,7 @@ mod table;
 mod tiering;
 mod writer;
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -266,6 +267,20 @@ impl Store {
         }
         t.counters.missed();
         None
+    }
+
+    /// The files through which clients of this host read the memory tier by themselves, if it can be shared.
+    pub fn shared_files(&self) -> Option<[BorrowedFd<'_>; 2]> {
+        let share = self.tiers.memory.as_ref()?.share()?;
+        Some([share.files[0].as_fd(), share.files[1].as_fd()])
+    }
+
+    /// A client has read a segment in shared memory: it counts as a hit. Where there is another segment by now, nothing happens.
+    pub fn touch(&self, at: u64, seal: u64) {
+        if let Some(memory) = &self.tiers.memory {
+            memory.touch(at, seal);
+            self.tiers.counters.looked_up(Tier::Memory, true);
+        }
     }
 
     /// Is the key in some tier? Not counted as a request.

@@ -12,14 +12,22 @@ use std::sync::Arc;
 use efc_common::error::Context;
 use efc_common::id::SegmentKey;
 use efc_common::{Error, Kind, Result};
+use efc_proto::shared::{Seals, read_only};
 
 use super::counters::{Counters, Removal};
 use super::index::{Found, Index, Record, index_bytes};
 use super::policy::Policy;
-use super::segment::{Tier, slot_offset};
-use super::slab::{INDEX_SLACK_SLOTS, Slab, SlabSpec, punch};
+use super::segment::{Share, Tier, slot_offset};
+use super::slab::{INDEX_SLACK_SLOTS, SLOTS_MAX, Slab, SlabSpec, punch};
 use super::table::cost;
 use super::{Clock, DiskTier, MemoryTier, check_quota};
+
+/// Shares a memory tier of `quota` bytes: there are never more slots than pages.
+fn share(data: &File, quota: u64) -> Result<Share> {
+    let slots = (quota / 4096 + 1).min(SLOTS_MAX as u64) as u32;
+    let (seals, seals_file) = Seals::create(slots)?;
+    Ok(Share { seals, files: [read_only(data)?, seals_file] })
+}
 
 /// What all tiers of a store share.
 pub(super) struct Opener {
@@ -37,7 +45,11 @@ impl Opener {
                 let fd = rustix::fs::memfd_create("efc-cache", rustix::fs::MemfdFlags::CLOEXEC)
                     .map_err(std::io::Error::from)
                     .context("create the cache's memory file")?;
-                Ok(Slab::new(self.spec(Tier::Memory, "memory".into(), m.quota_bytes, reserve, File::from(fd), None)))
+                let mut spec = self.spec(Tier::Memory, "memory".into(), m.quota_bytes, reserve, File::from(fd), None);
+                spec.share = share(&spec.data, m.quota_bytes)
+                    .inspect_err(|e| tracing::warn!(error = %e, "memory cannot be shared with mounts of this host"))
+                    .ok();
+                Ok(Slab::new(spec))
             }
             Some(path) => self.directory(Tier::Memory, "memory".into(), path, m.quota_bytes, reserve),
         }
@@ -62,7 +74,7 @@ impl Opener {
 
     fn spec(&self, tier: Tier, name: String, quota: u64, reserve: u64, data: File, index: Option<Index>) -> SlabSpec {
         let (clock, counters) = (self.clock.clone(), self.counters.clone());
-        SlabSpec { tier, name, quota, reserve, policy: self.policy, data, index, clock, counters }
+        SlabSpec { tier, name, quota, reserve, policy: self.policy, data, index, share: None, clock, counters }
     }
 
     fn directory(&self, tier: Tier, name: String, path: &Path, quota: u64, reserve: u64) -> Result<Arc<Slab>> {

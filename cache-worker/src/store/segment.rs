@@ -5,7 +5,7 @@
 use std::fmt;
 use std::fs::File;
 use std::ops::{Deref, Range};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 
@@ -14,6 +14,8 @@ use efc_common::block::{GRANULE_BYTES, GRANULES_PER_SEGMENT, SEGMENT_BYTES};
 use efc_common::checksum::crc32c;
 use efc_common::id::SegmentKey;
 use efc_common::{Error, Kind, Result};
+use efc_proto::data;
+use efc_proto::shared::Seals;
 use parking_lot::Mutex;
 
 use super::slab::Slab;
@@ -37,10 +39,18 @@ impl Tier {
     }
 }
 
+/// A memory tier as it is shared with clients of this host; see [`efc_proto::shared`].
+pub(super) struct Share {
+    pub(super) seals: Seals,
+    /// The data file and the seals' file, for reading.
+    pub(super) files: [OwnedFd; 2],
+}
+
 /// What a slab and all entries in it have in common. Entries hold it, it does not hold entries: no cycle.
 pub(super) struct Shared {
     pub(super) tier: Tier,
     pub(super) data: File,
+    pub(super) share: Option<Share>,
     /// Slots whose last guard is gone and that are not punched yet. Taken after the slab's state lock, never before it.
     pub(super) freed: Mutex<Vec<Freed>>,
     /// Failures of the file system since the last success.
@@ -165,6 +175,15 @@ impl Segment {
     /// Whoever sends from here sends unchecked bytes: see [`Segment::sendable`].
     pub fn file(&self) -> (BorrowedFd<'_>, u64) {
         (self.entry.shared.data.as_fd(), slot_offset(self.entry.slot))
+    }
+
+    /// Where a client of this host finds the bytes, if the tier is shared and they are known to be right.
+    pub fn place(&self) -> Option<data::Place> {
+        let share = self.entry.shared.share.as_ref().filter(|_| self.sendable())?;
+        let slot = self.entry.slot as u64;
+        // Stable as long as this guard lives.
+        let seal = share.seals.get(slot)?;
+        Some(data::Place { at: slot_offset(self.entry.slot), seal, len: self.len(), sums: self.sums().to_vec() })
     }
 
     /// May the bytes leave by `sendfile` without being looked at? True in the memory tier when this process wrote them or has

@@ -10,6 +10,7 @@
 //! - `used` (what the files may occupy, index included) never exceeds the quota. Room is claimed after it is free, not before.
 //! - The state lock is held for table work only, never during I/O.
 //! - A guarded entry is not punched. It may be forgotten into *limbo*: still counted, freed by its last guard.
+//! - A shared slot's seal is broken before the slot is punched ([`efc_proto::shared`]).
 
 use std::fs::File;
 use std::io::IoSlice;
@@ -23,7 +24,7 @@ use parking_lot::Mutex;
 use super::counters::{Counters, Removal};
 use super::index::{Index, Record, index_bytes};
 use super::policy::{self, Candidate, Policy};
-use super::segment::{Entry, Freed, NewEntry, Shared, Tier, slot_offset, sum_count};
+use super::segment::{Entry, Freed, NewEntry, Share, Shared, Tier, slot_offset, sum_count};
 use super::table::{Table, candidate, cost, key_hash};
 use super::{BypassReason, Clock, TierStats};
 
@@ -44,6 +45,8 @@ pub(super) struct SlabSpec {
     pub(super) policy: Policy,
     pub(super) data: File,
     pub(super) index: Option<Index>,
+    /// What clients of this host need to read the tier by themselves.
+    pub(super) share: Option<Share>,
     pub(super) clock: Arc<Clock>,
     pub(super) counters: Arc<Counters>,
 }
@@ -86,6 +89,7 @@ impl Slab {
             shared: Arc::new(Shared {
                 tier: spec.tier,
                 data: spec.data,
+                share: spec.share,
                 freed: Mutex::new(Vec::new()),
                 errors: AtomicU32::new(0),
                 slab: weak.clone(),
@@ -149,6 +153,26 @@ impl Slab {
     /// Finds an entry without counting a hit.
     pub(super) fn peek(&self, key: &SegmentKey) -> Option<Arc<Entry>> {
         self.state.lock().find(key).cloned()
+    }
+
+    /// A client read the segment in shared memory: a hit, if it is still there.
+    pub(super) fn touch(&self, at: u64, seal: u64) {
+        let Some(share) = &self.shared.share else { return };
+        let slot = at / SEGMENT_BYTES as u64;
+        let mut guard = self.state.lock();
+        let s = &mut *guard;
+        // The seal is broken only after the entry has left the table, so under the lock an entry and its seal belong together.
+        if let Some(Some(entry)) = s.slots.get(slot as usize)
+            && share.seals.get(slot) == Some(seal)
+            && !entry.pinned.load(Relaxed)
+        {
+            s.policy.hit(slot as u32);
+        }
+    }
+
+    /// What is handed to clients of this host, if the tier can be shared.
+    pub(super) fn share(&self) -> Option<&Share> {
+        self.shared.share.as_ref()
     }
 
     /// Tells the policy that another tier answered a request for the key.
@@ -332,6 +356,9 @@ impl Slab {
         }
         let mut done = Vec::with_capacity(freed.len());
         for f in freed {
+            if let Some(share) = &self.shared.share {
+                share.seals.break_seal(f.slot as u64);
+            }
             let cleared = self.index.as_ref().map_or(Ok(()), |i| i.clear(f.slot));
             match cleared.and_then(|()| punch(&self.shared.data, f.slot..f.slot + 1)) {
                 Ok(()) => done.push(f),

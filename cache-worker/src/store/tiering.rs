@@ -208,6 +208,7 @@ fn the_table_takes_at_most_256_bytes_a_segment() {
             policy: Policy::ScanResistant,
             data: tempfile::tempfile().expect("file"),
             index: None,
+            share: None,
             clock: Arc::new(Clock::new()),
             counters: Arc::new(Counters::new()),
         };

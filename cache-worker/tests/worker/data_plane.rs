@@ -31,6 +31,7 @@ fn ask(file: &FileRef, range: Range<u64>) -> data::Read {
         length: (range.end - range.start) as u32,
         fill_only: false,
         cached_only: false,
+        by_place: false,
     }
 }
 
@@ -551,6 +552,8 @@ enum Script {
     Silence,
     HangUp,
     TooMuch,
+    /// Names places in memory that it never shared.
+    Places,
 }
 
 /// A worker that greets and attaches as it should, and then misbehaves.
@@ -576,12 +579,17 @@ async fn scripted(script: Script) -> String {
                             let bulk = Bytes::from(vec![7; (wide.end - wide.start) as usize + extra]);
                             let mut sums = granule_sums(&bulk);
                             sums[0] ^= 1;
+                            let head = data::Data { offset: wide.start, last: true, ..Default::default() };
                             match script {
                                 Script::HangUp => return,
                                 Script::Silence => continue,
-                                Script::WrongSums | Script::TooMuch => {}
+                                Script::WrongSums | Script::TooMuch => (data::Data { sums, ..head }.into(), bulk),
+                                Script::Places => {
+                                    let places = vec![data::Place { at: 0, seal: 0, len: SEGMENT_BYTES, sums }];
+                                    let placed = (wide.end - wide.start) as u32;
+                                    (data::Data { places, placed, ..head }.into(), Bytes::new())
+                                }
                             }
-                            (data::Data { offset: wide.start, sums, last: true, ..Default::default() }.into(), bulk)
                         }
                         _ => return,
                     };
@@ -602,7 +610,7 @@ async fn scripted(script: Script) -> String {
 
 #[tokio::test]
 async fn a_misbehaving_owner_costs_bounded_time_and_no_wrong_byte() {
-    for script in [Script::WrongSums, Script::HangUp, Script::TooMuch, Script::Silence] {
+    for script in [Script::WrongSums, Script::HangUp, Script::TooMuch, Script::Silence, Script::Places] {
         let origin = Origin::new();
         let worker = start(config("good", memory(64 << 20)), &origin).await;
         let members = vec![member("bad", &scripted(script).await), member("good", worker.addr())];

@@ -2,4 +2,5 @@
 
 mod data_plane;
 mod process;
+mod shared;
 mod support;

@@ -23,6 +23,8 @@ pub struct ReadStream {
     /// What is still to be handed out.
     left: Range<u64>,
     flags: ReadFlags,
+    /// Places in shared memory will do, until one of them did not.
+    by_place: bool,
     deadline: Instant,
     owners: Option<vec::IntoIter<Arc<Remote>>>,
     current: Option<Current>,
@@ -42,7 +44,8 @@ struct Current {
 impl ReadStream {
     pub(super) fn new(peers: Arc<Inner>, file: FileRef, range: Range<u64>, flags: ReadFlags) -> Self {
         let deadline = Instant::now() + peers.options.deadline;
-        ReadStream { peers, file, left: range, flags, deadline, owners: None, current: None, last_error: None }
+        let (owners, current, last_error) = (None, None, None);
+        ReadStream { peers, file, left: range, flags, by_place: true, deadline, owners, current, last_error }
     }
 
     /// The next run of bytes; `None` after the last.
@@ -57,9 +60,20 @@ impl ReadStream {
                 None => self.ask_next_owner().await?,
             };
             let frame = self.peers.next_frame(&at.conn, &mut at.answers).await;
-            let chunk = frame.and_then(|f| verify(f, &mut at.wide));
+            let chunk = match frame {
+                Ok(Frame { message: Message::Data(d), .. }) if d.placed > 0 => self.read_shared(&d, &mut at),
+                other => other.and_then(|f| verify(f, &mut at.wide)).map(Some),
+            };
             match chunk {
-                Ok(chunk) => {
+                Ok(None) => {
+                    // Evicted between the answer and our read: have the rest sent.
+                    self.by_place = false;
+                    match self.ask(at.remote, false).await {
+                        Ok(c) => self.current = Some(c),
+                        Err(e) => self.note(e)?,
+                    }
+                }
+                Ok(Some(chunk)) => {
                     let cut = self.cut(chunk, at.remote.local());
                     self.current = Some(at);
                     if cut.is_some() {
@@ -104,7 +118,8 @@ impl ReadStream {
     }
 
     async fn ask(&self, remote: Arc<Remote>, mut fresh: bool) -> Result<Current> {
-        let message = wire_read(&self.file, &self.left, self.flags).into();
+        let read = wire_read(&self.file, &self.left, self.flags);
+        let message = data::Read { by_place: self.by_place, ..read }.into();
         let bulk_max = answer_bytes(&self.file, &self.left);
         let (conn, answers) = self.peers.send(&remote, &message, self.deadline, bulk_max, &mut fresh).await?;
         Ok(Current { remote, conn, answers, fresh, wide: widen(self.left.clone(), self.file.size) })
@@ -140,6 +155,20 @@ impl ReadStream {
         Ok(())
     }
 
+    /// Reads the places that a worker on this host named, and remembers them. `None` if other bytes have taken one.
+    fn read_shared(&self, d: &data::Data, at: &mut Current) -> Result<Option<Chunk>> {
+        let end = d.offset.saturating_add(d.placed as u64);
+        check_run(d, end, &at.wide)?;
+        if !self.by_place {
+            return Err(Error::new(Kind::Corrupt, "worker named places where it was asked for bytes"));
+        }
+        let Some(shared) = at.conn.shared() else { return Ok(None) };
+        let Some(bytes) = shared.read_run(&d.places, d.offset, d.placed as usize)? else { return Ok(None) };
+        self.peers.remember(&self.file, d.offset, &d.places, &at.conn);
+        at.wide.start = end;
+        Ok(Some(Chunk { offset: d.offset, bytes, tier: tier(d), local: false }))
+    }
+
     /// Cuts a chunk to what is still wanted.
     fn cut(&mut self, mut chunk: Chunk, local: bool) -> Option<Chunk> {
         let end = (chunk.offset + chunk.bytes.len() as u64).min(self.left.end);
@@ -163,18 +192,27 @@ pub(super) fn verify(frame: Frame, wide: &mut Range<u64>) -> Result<Chunk> {
         m => return Err(unexpected(&Some(m))),
     };
     let end = d.offset.saturating_add(frame.bulk.len() as u64);
-    if d.offset != wide.start || frame.bulk.is_empty() || end > wide.end || (d.last && end != wide.end) {
-        return Err(Error::new(Kind::Corrupt, "worker sent another range than it was asked for")
-            .with("offset", d.offset)
-            .with("bytes", frame.bulk.len())
-            .with("wanted", format!("{}..{}", wide.start, wide.end)));
-    }
+    check_run(&d, end, wide)?;
     checksum::verify(&frame.bulk, &d.sums).map_err(|e| e.with("offset", d.offset))?;
     wide.start = end;
-    let tier = match d.tier() {
+    Ok(Chunk { offset: d.offset, bytes: frame.bulk, tier: tier(&d), local: false })
+}
+
+/// Is the run `d.offset..end` what must come next of `wide`?
+fn check_run(d: &data::Data, end: u64, wide: &Range<u64>) -> Result<()> {
+    if d.offset != wide.start || end == d.offset || end > wide.end || (d.last && end != wide.end) {
+        return Err(Error::new(Kind::Corrupt, "worker sent another range than it was asked for")
+            .with("offset", d.offset)
+            .with("end", end)
+            .with("wanted", format!("{}..{}", wide.start, wide.end)));
+    }
+    Ok(())
+}
+
+fn tier(d: &data::Data) -> Tier {
+    match d.tier() {
         data::Tier::Disk => Tier::Disk,
         data::Tier::Origin => Tier::Origin,
         data::Tier::Memory | data::Tier::Unknown => Tier::Memory,
-    };
-    Ok(Chunk { offset: d.offset, bytes: frame.bulk, tier, local: false })
+    }
 }

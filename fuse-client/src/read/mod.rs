@@ -1,7 +1,7 @@
 //! Bytes for READ: from what was read ahead, else through the pool of workers, else from the origin.
 //!
 //! Budget: everything this room holds (parts, bytes on their way to the kernel) comes out of one [`ByteBudget`]; over it loaded parts give
-//! way, then reads wait and read-ahead stops. Nothing is copied: pieces are slices of the buffers the data plane received into.
+//! way, then reads wait and read-ahead stops. Nothing is copied: pieces are slices of the buffers the data plane received into, or read from a neighbour's memory into.
 
 pub mod parts;
 pub mod source;
@@ -53,7 +53,8 @@ impl Reader {
         &self.budget
     }
 
-    /// The bytes at `range` of a file if they were read ahead, without waiting. Moves the stream on.
+    /// The bytes at `range` of a file if they were read ahead or lie in memory of this host, without waiting. Moves the stream on.
+    /// (What lies there is copied for the length of one reply, outside of the budget: one request per kernel thread at a time.)
     /// The second value is the plan that [`Reader::read`] goes on with.
     pub fn try_read(&self, inode: &Inode, range: Range<u64>) -> (Option<Vec<Bytes>>, Plan) {
         let size = inode.size();
@@ -62,10 +63,10 @@ impl Reader {
             let streams = streams.get_or_insert_with(|| Box::new(Streams::default()));
             streams.plan(range.clone(), size, self.config.readahead_bytes)
         };
-        if plan == Plan::Random {
-            return (None, plan);
-        }
         let file = self.source.file(inode);
+        if plan == Plan::Random {
+            return (self.source.read_here(&file, &range), plan);
+        }
         let mut pieces = Vec::new();
         let mut parts = Vec::new();
         for (index, inside) in split_parts(range) {
