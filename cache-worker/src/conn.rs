@@ -11,6 +11,7 @@ use crate::server::Server;
 use crate::service::Wanted;
 use crate::socket::{Outgoing, Part, WriteHalf};
 use crate::source::Source;
+use crate::store::InsertOptions;
 use bytes::Bytes;
 use efc_common::limit::{ByteBudget, Hold};
 use efc_common::metrics::counter;
@@ -94,7 +95,8 @@ pub(crate) struct Conn {
     own_user: bool,
     /// It was given our memory tier to read by itself.
     shares: bool,
-    slots: Mutex<HashMap<u32, Arc<Source>>>,
+    /// Sources, and how what is read of them is kept.
+    slots: Mutex<HashMap<u32, (Arc<Source>, InsertOptions)>>,
     room: Arc<Semaphore>,
     out: mpsc::Sender<Outgoing>,
     window: ByteBudget,
@@ -282,14 +284,15 @@ impl Conn {
             Message::Attach(a) => {
                 let source = service.sources.attach(&a.spec_json, &a.keys_json, self.own_user).await?;
                 let source_id = Bytes::copy_from_slice(&source.id.0);
-                self.name(a.slot, source)?;
+                let ttl = (a.ttl_ms > 0).then(|| Duration::from_millis(a.ttl_ms));
+                self.name(a.slot, source, InsertOptions { ttl, pinned: a.pin })?;
                 to.message(data::Attached { source_id }).await
             }
             Message::Read(read) => service.fill(to, self.wanted(&read, 0)?).await,
             Message::ReadMany(m) => self.answer_many(to, m.items, deadline).await,
-            Message::List(l) => service.list(to, self.slot(l.slot)?, l).await,
+            Message::List(l) => service.list(to, self.slot(l.slot)?.0, l).await,
             Message::Manage(m) => {
-                let source = self.slot(m.slot)?;
+                let (source, _) = self.slot(m.slot)?;
                 to.message(service.manage(source, m).await?).await
             }
             Message::CacheStat(_) => to.message(service.cache_stats().await).await,
@@ -331,22 +334,23 @@ impl Conn {
     }
 
     fn wanted(&self, read: &data::Read, item: u32) -> Result<Wanted> {
-        let wanted = self.server.service().wanted(self.slot(read.slot)?, read, item)?;
+        let (source, keep) = self.slot(read.slot)?;
+        let wanted = self.server.service().wanted(source, keep, read, item)?;
         Ok(wanted.by_place(read.by_place && self.shares))
     }
 
-    fn slot(&self, slot: u32) -> Result<Arc<Source>> {
+    fn slot(&self, slot: u32) -> Result<(Arc<Source>, InsertOptions)> {
         let slots = self.slots.lock();
         let found = slots.get(&slot).cloned();
         found.ok_or_else(|| Error::new(Kind::Invalid, "no source is attached under this slot").with("slot", slot))
     }
 
-    fn name(&self, slot: u32, source: Arc<Source>) -> Result<()> {
+    fn name(&self, slot: u32, source: Arc<Source>, keep: InsertOptions) -> Result<()> {
         let mut slots = self.slots.lock();
         if slots.len() >= SLOTS_MAX && !slots.contains_key(&slot) {
             return Err(Error::new(Kind::Exhausted, "one connection names too many sources").with("most", SLOTS_MAX));
         }
-        slots.insert(slot, source);
+        slots.insert(slot, (source, keep));
         Ok(())
     }
 }

@@ -5,7 +5,7 @@
 //! however many clients miss at once.
 
 use crate::flight::{FileVersion, Filled, Flight, Flights, Landing, Piece};
-use crate::store::{InsertOptions, Inserted, Store};
+use crate::store::{Inserted, Store};
 use bytes::Bytes;
 use efc_common::block::segment_len;
 use efc_common::checksum::Summer;
@@ -33,6 +33,8 @@ pub(crate) struct Fetcher {
     store: Arc<Store>,
     budget: ByteBudget,
     gate: Semaphore,
+    /// One write to memory at a time: the file system lets no second one in, and whoever waits here leaves its thread to others.
+    memory_write: Semaphore,
     disk_writes: Arc<Semaphore>,
     deadline: Duration,
     tasks: TaskGroup,
@@ -56,6 +58,7 @@ impl Fetcher {
             store,
             budget,
             gate: Semaphore::new(concurrency.max(1)),
+            memory_write: Semaphore::new(1),
             disk_writes: Arc::new(Semaphore::new(DISK_WRITES_MAX)),
             deadline,
             tasks,
@@ -108,7 +111,11 @@ impl Fetcher {
                     break;
                 };
                 let key = file.key(index);
-                match self.store.insert_memory(key, &pieces, &sums, InsertOptions::default()) {
+                let inserted = {
+                    let _turn = self.memory_write.acquire().await;
+                    self.store.insert_memory(key, &pieces, &sums, file.keep)
+                };
+                match inserted {
                     Some(Inserted::Stored(segment)) => flight.put(index, Filled::Stored(segment)),
                     // Counted by the store; the waiters have the bytes.
                     Some(Inserted::Bypassed(_)) => {
@@ -148,7 +155,7 @@ impl Fetcher {
             };
             let write = spawn_blocking(move || {
                 let _turn = turn;
-                match store.insert_disk(flight.file.key(index), &pieces, &sums, InsertOptions::default()) {
+                match store.insert_disk(flight.file.key(index), &pieces, &sums, flight.file.keep) {
                     Inserted::Stored(segment) => flight.replace(index, Filled::Stored(segment)),
                     // Counted by the store; the waiters have the bytes.
                     Inserted::Bypassed(_) => {}

@@ -8,7 +8,7 @@
 //!   starts anew.
 
 use crate::source::Source;
-use crate::store::{Segment, Store};
+use crate::store::{InsertOptions, Segment, Store};
 use bytes::Bytes;
 use efc_common::block::{segment_len, segment_range};
 use efc_common::id::{ContentId, SegmentKey};
@@ -29,12 +29,14 @@ pub(crate) struct FileVersion {
     pub(crate) size: u64,
     /// Under which it is cached. The size is part of it: a client that lies about the size finds and fills only its own lie.
     pub(crate) content: ContentId,
+    /// How it is stored.
+    pub(crate) keep: InsertOptions,
 }
 
 impl FileVersion {
     pub(crate) fn new(source: Arc<Source>, locator: Bytes, version: Bytes, size: u64) -> Self {
         let content = ContentId::of(&[&source.id.0, &locator, &version, &size.to_le_bytes()]);
-        FileVersion { source, locator, version, size, content }
+        FileVersion { source, locator, version, size, content, keep: InsertOptions::default() }
     }
 
     pub(crate) fn key(&self, index: u32) -> SegmentKey {

@@ -10,7 +10,7 @@ use crate::flight::{FileVersion, Filled, Piece};
 use crate::listing::Listings;
 use crate::socket::Part;
 use crate::source::{Source, Sources};
-use crate::store::{Segment, Store, Tier};
+use crate::store::{InsertOptions, Segment, Store, Tier};
 use bytes::Bytes;
 use efc_common::block::{FILE_BYTES_MAX, GRANULE_BYTES, SEGMENT_BYTES, block_of, segment_range, segments, widen};
 use efc_common::limit::{ByteBudget, Hold};
@@ -160,8 +160,14 @@ impl Service {
     }
 
     /// Checks a read and looks its segments up.
-    pub(crate) fn wanted(&self, source: Arc<Source>, read: &data::Read, item: u32) -> Result<Wanted> {
-        let file = file_version(source, &read.locator, &read.version, read.size)?;
+    pub(crate) fn wanted(
+        &self,
+        source: Arc<Source>,
+        keep: InsertOptions,
+        read: &data::Read,
+        item: u32,
+    ) -> Result<Wanted> {
+        let file = FileVersion { keep, ..file_version(source, &read.locator, &read.version, read.size)? };
         let end = read.offset.checked_add(read.length as u64).filter(|e| *e <= read.size && *e > read.offset);
         let range = match end {
             Some(end) if block_of(read.offset) == block_of(end - 1) => read.offset..end,

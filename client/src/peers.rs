@@ -26,6 +26,7 @@ use efc_common::checksum::crc32c;
 use efc_common::id::{ContentId, SourceId, WorkerId};
 use efc_common::metrics::counter;
 use efc_common::node::Entry;
+use efc_common::policy::CachePolicy;
 use efc_common::ring::RingKey;
 use efc_common::source::{SourceSpec, StaticKeys};
 use efc_common::task::TaskGroup;
@@ -74,6 +75,8 @@ pub struct PeersOptions {
     pub host: String,
     /// Segments in the memory of workers on this host whose place is remembered; about 350 bytes each.
     pub places: u64,
+    /// How workers shall keep what is read through here.
+    pub cache: CachePolicy,
 }
 
 impl Default for PeersOptions {
@@ -85,6 +88,7 @@ impl Default for PeersOptions {
             connections_per_worker: 2,
             host: host_name(),
             places: 16_384,
+            cache: CachePolicy::default(),
         }
     }
 }

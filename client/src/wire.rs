@@ -14,6 +14,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use efc_common::block::GRANULE_BYTES;
 use efc_common::error::Context;
 use efc_common::id::SourceId;
+use efc_common::policy::CachePolicy;
 use efc_common::source::{SourceSpec, StaticKeys};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
@@ -318,7 +319,7 @@ impl Connection {
         }
     }
 
-    /// Names a source for the rest of the connection under `slot`.
+    /// Names a source for the rest of the connection under `slot`; what is read of it is kept as `cache` says.
     ///
     /// # Errors
     /// What the worker has against the source, or why the connection is broken.
@@ -327,13 +328,16 @@ impl Connection {
         slot: u32,
         spec: &SourceSpec,
         keys: Option<&StaticKeys>,
+        cache: CachePolicy,
         limit: Duration,
     ) -> Result<SourceId> {
         let json =
             |r: serde_json::Result<String>| r.map_err(|e| Error::new(Kind::Invalid, "encode source").caused_by(e));
         let spec_json = json(serde_json::to_string(spec))?;
         let keys_json = keys.map_or(Ok(String::new()), |k| json(serde_json::to_string(k)))?;
-        let mut answers = self.ask(data::Attach { slot, spec_json, keys_json }.into(), limit, 0).await?;
+        let ttl_ms = cache.ttl.map_or(0, |t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX).max(1));
+        let mut answers =
+            self.ask(data::Attach { slot, spec_json, keys_json, ttl_ms, pin: cache.pin }.into(), limit, 0).await?;
         match answers.next().await?.message {
             Message::Attached(a) => match <[u8; 16]>::try_from(a.source_id.as_ref()) {
                 Ok(id) => Ok(SourceId(id)),

@@ -12,6 +12,7 @@ pub mod limit;
 pub mod log;
 pub mod metrics;
 pub mod node;
+pub mod policy;
 pub mod ring;
 pub mod source;
 pub mod task;

@@ -35,7 +35,7 @@ const DEATHS: &[&str] = &[
 /// What may be logged when an origin fails: a worker's failure with it is followed by a try of the mount's own.
 const ORIGIN_TROUBLE: &[&str] = &[
     "origin in trouble, asking again",
-    "reads go to the origin: no worker answers error=s3://data/ gave no answer within the deadline",
+    "reads go past the workers to the origin error=s3://data/ gave no answer within the deadline",
     "operation failed",
 ];
 

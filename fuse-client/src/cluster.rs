@@ -8,6 +8,7 @@ use efc_client::ring::RingWatch;
 use efc_client::wire::Identity;
 use efc_common::error::Context as _;
 use efc_common::id::{Incarnation, SessionId};
+use efc_common::policy::CachePolicy;
 use efc_common::source::{SourceSpec, StaticKeys};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
@@ -37,9 +38,11 @@ impl ClusterLink {
     ///
     /// # Errors
     /// [`Kind::Unavailable`] or [`Kind::Timeout`] naming the masters, or what kept the embedded processes from starting.
+    #[allow(clippy::too_many_arguments, reason = "called once")]
     pub async fn start(
         options: &MountOptions,
         spec: &SourceSpec,
+        cache: CachePolicy,
         dataset: &str,
         keys: Option<StaticKeys>,
         mountpoint: &Path,
@@ -76,7 +79,8 @@ impl ClusterLink {
         }
         // About two percent of the budget.
         let places = options.memory_bytes / 16_384;
-        let peers = Peers::new(ring.clone(), spec.clone(), keys, me, PeersOptions { places, ..Default::default() });
+        let peers =
+            Peers::new(ring.clone(), spec.clone(), keys, me, PeersOptions { places, cache, ..Default::default() });
         let client = format!("{host}:{}:{}", std::process::id(), mountpoint.display());
         tasks.spawn_graceful(keep_session(master, client, dataset.to_string(), tasks.clone()));
         Ok(ClusterLink { ring, peers, embedded })

@@ -1,6 +1,7 @@
 //! Mount options: one table that `--help`, the parser and the error for an unknown option all read.
 
 use crate::fs::attr::Ownership;
+use efc_common::policy::Consistency;
 use efc_common::source::{self, SecretRef, StaticKeys};
 use efc_common::units::{parse_bytes, parse_duration, show_bytes};
 use efc_common::{Error, Kind, Result};
@@ -52,42 +53,6 @@ pub const OPTIONS: &[MountOption] = &[
     o("passwd_file", "FILE", "file with KEY_ID:KEY_SECRET[:TOKEN], mode 0600"),
     o("workers_only", "", "testing only: never go to the origin past the workers"),
 ];
-
-/// Consistency level of a mount.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Consistency {
-    /// Names and attributes are believed for this long.
-    Ttl(Duration),
-    /// Nothing ever changes.
-    Immutable,
-}
-
-impl Default for Consistency {
-    fn default() -> Self {
-        Consistency::Ttl(Duration::from_secs(60))
-    }
-}
-
-impl std::str::FromStr for Consistency {
-    type Err = Error;
-    fn from_str(s: &str) -> Result<Self> {
-        match s.split_once('=') {
-            None if s == "immutable" => Ok(Consistency::Immutable),
-            Some(("ttl", t)) => Ok(Consistency::Ttl(parse_duration(t)?)),
-            _ => Err(Error::new(Kind::Invalid, format!("consistency `{s}` is unknown; use ttl=SECONDS or immutable"))),
-        }
-    }
-}
-
-impl Consistency {
-    /// How long an answer may be believed.
-    pub fn ttl(self) -> Duration {
-        match self {
-            Consistency::Ttl(t) => t,
-            Consistency::Immutable => Duration::from_secs(30 * 86400),
-        }
-    }
-}
 
 /// Parsed options of a mount.
 #[derive(Debug, Clone)]

@@ -9,7 +9,7 @@ use crate::fs::{EfcFs, Parts};
 use crate::kernel::handover::{self, HandoverLimits, HandoverServer};
 use crate::kernel::{Ended, Mount, MountConfig, Session, SessionConfig, adopt, serve};
 use crate::namespace::Namespace;
-use crate::options::{Consistency, MountOptions};
+use crate::options::MountOptions;
 use crate::read::source::DataSource;
 use crate::read::{ReadConfig, Reader};
 use crate::tell::Teller;
@@ -17,9 +17,11 @@ use efc_backend::object::keys_to_send;
 use efc_client::master::MasterClient;
 use efc_common::error::Context as _;
 use efc_common::limit::ByteBudget;
+use efc_common::policy::{CachePolicy, Consistency};
 use efc_common::source::{SourceSpec, StaticKeys};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result, log, metrics};
+use efc_proto::convert::cache_policy;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -92,6 +94,7 @@ struct Resolved {
     spec: SourceSpec,
     keys: Option<StaticKeys>,
     consistency: Consistency,
+    cache: CachePolicy,
     /// As people named it.
     shown: String,
     /// As the masters are told: the dataset's name, or the source's URL.
@@ -99,19 +102,23 @@ struct Resolved {
 }
 
 async fn resolve(args: &MountArgs, options: &MountOptions) -> Result<Resolved> {
-    let (spec, offered, session) = match parse_source(&args.source, options)? {
-        SourceArg::Store(spec) => (spec.clone(), None, spec.url()),
+    let (spec, offered, cache, session) = match parse_source(&args.source, options)? {
+        SourceArg::Store(spec) => (spec.clone(), None, CachePolicy::default(), spec.url()),
         SourceArg::Dataset { name, path } => {
-            let (spec, offered) = dataset(&MasterClient::new(options.masters.clone())?, &name, &path).await?;
-            (spec, offered, name)
+            let (spec, offered, cache) = dataset(&MasterClient::new(options.masters.clone())?, &name, &path).await?;
+            (spec, offered, cache, name)
         }
     };
     let keys = keys_to_send(&spec, options.keys.as_ref())?;
     let consistency = options.consistency.or(offered).unwrap_or_default();
-    Ok(Resolved { spec, keys, consistency, shown: args.source.clone(), session })
+    Ok(Resolved { spec, keys, consistency, cache, shown: args.source.clone(), session })
 }
 
-async fn dataset(master: &MasterClient, name: &str, path: &str) -> Result<(SourceSpec, Option<Consistency>)> {
+async fn dataset(
+    master: &MasterClient,
+    name: &str,
+    path: &str,
+) -> Result<(SourceSpec, Option<Consistency>, CachePolicy)> {
     let d = master.get_dataset(name).await.context(format!("dataset `{name}` cannot be found"))?;
     let mount = match (d.mounts.as_slice(), path) {
         ([only], "/") => only,
@@ -128,7 +135,7 @@ async fn dataset(master: &MasterClient, name: &str, path: &str) -> Result<(Sourc
         Error::new(Kind::Corrupt, format!("dataset `{name}` has a source that is not understood")).caused_by(e)
     })?;
     let consistency = if d.consistency.is_empty() { None } else { Some(d.consistency.parse()?) };
-    Ok((spec, consistency))
+    Ok((spec, consistency, cache_policy(d.cache)))
 }
 
 /// A mount that is up.
@@ -151,6 +158,7 @@ impl Process {
         let cluster = ClusterLink::start(
             &options,
             &source.spec,
+            source.cache,
             &source.session,
             source.keys.clone(),
             &args.mountpoint,

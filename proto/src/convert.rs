@@ -1,9 +1,17 @@
 //! Conversions between wire messages and house types; the only place that knows both.
 
-use crate::data;
+use crate::{control, data};
 use bytes::Bytes;
 use efc_common::node::{Attr, Entry, FileKind, LOCATOR_BYTES_MAX, Node, Time, VERSION_BYTES_MAX};
+use efc_common::policy::CachePolicy;
 use efc_common::{Error, Kind, Result};
+
+/// A dataset's cache policy; none given is the default.
+pub fn cache_policy(p: Option<control::CachePolicy>) -> CachePolicy {
+    let p = p.unwrap_or_default();
+    let ttl = (p.ttl_seconds > 0).then(|| std::time::Duration::from_secs(p.ttl_seconds));
+    CachePolicy { ttl, pin: p.pin }
+}
 
 fn kind_code(k: FileKind) -> u32 {
     match k {

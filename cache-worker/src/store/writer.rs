@@ -22,6 +22,8 @@ use super::table::cost;
 
 /// Disk entries waiting to be copied to memory.
 const PROMOTIONS_MAX: usize = 64;
+/// How much less the thread's processor time counts than that of the others (`nice(2)`; on Linux of this thread alone).
+const NICE: i32 = 10;
 /// A write that takes longer is a disk that hangs.
 const HANG: Duration = Duration::from_secs(5);
 /// Slots of memory looked at in one go, under its lock.
@@ -194,6 +196,9 @@ impl Job {
 
 impl State {
     fn run(&self) {
+        // Readers wait for what fetches and connections do, nobody for this thread: where they need all processors it stands back, and
+        // memory holds what has still to be copied. Refused: then as important as they are.
+        let _ = rustix::process::nice(NICE);
         let mut buffer = Vec::new();
         while let Some(job) = self.wait() {
             let target = match &job {

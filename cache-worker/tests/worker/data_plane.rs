@@ -5,6 +5,7 @@ use efc_client::peers::{FileRef, PeersOptions, ReadFlags, ReadItem, Tier, concat
 use efc_client::wire::{Connection, Endpoint, Identity};
 use efc_common::block::{SEGMENT_BYTES, widen};
 use efc_common::checksum::{granule_sums, verify};
+use efc_common::policy::CachePolicy;
 use efc_common::{Error, Kind};
 use efc_proto::data;
 use efc_proto::frame::{self, Frame, HEADER_BYTES, Message, PROTOCOL_VERSION};
@@ -349,6 +350,32 @@ async fn cached_only_fill_and_administration() {
     assert_eq!((s.origin_requests, s.served_memory_bytes, s.tiers[0].segments), (1, MIB, 0));
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dataset_says_how_its_data_is_kept() {
+    let origin = Origin::new();
+    let file = origin.put("f", "1", pattern(11, MIB as usize));
+    let worker = start(config("w", memory(64 << 20)), &origin).await;
+    let with = |cache| peers_with(vec![member("w0", worker.addr())], PeersOptions { cache, ..options() });
+    let brief = with(CachePolicy { ttl: Some(Duration::from_millis(300)), pin: false });
+    let began = Instant::now();
+    read(&brief, &file, 0..MIB).await.expect("read");
+    read(&brief, &file, 0..MIB).await.expect("again");
+    assert!(origin.read_count() == 1 || began.elapsed() > Duration::from_millis(300));
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let before = origin.read_count();
+    read(&brief, &file, 0..MIB).await.expect("after its time");
+    assert_eq!(origin.read_count(), before + 1);
+    let pinned = with(CachePolicy { ttl: None, pin: true });
+    let other = origin.put("g", "1", pattern(12, MIB as usize));
+    read(&pinned, &other, 0..MIB).await.expect("read");
+    let stats = pinned.evict_all().await;
+    let s = &stats[0].1.as_ref().expect("stats").tiers[0];
+    assert_eq!((s.segments, s.pinned), (4, MIB), "{s:?}");
+    let before = origin.read_count();
+    read(&brief, &other, 0..MIB).await.expect("read");
+    assert_eq!(origin.read_count(), before, "what is pinned is there for all");
+}
+
 #[tokio::test]
 async fn listings_are_walked_once_per_window() {
     let origin = Origin::new();
@@ -455,7 +482,7 @@ async fn what_is_not_a_request_is_refused() {
     let at = Endpoint::Tcp(worker.addr().into());
     let c = Connection::open(&at, &me(), Duration::from_secs(5)).await.expect("connect");
     assert!(read_raw(&c, ask(&file, 0..10), Duration::from_secs(5)).await.is_err_and(|e| e.is(Kind::Invalid)));
-    c.attach(1, &spec("/t"), None, Duration::from_secs(5)).await.expect("attach");
+    c.attach(1, &spec("/t"), None, CachePolicy::default(), Duration::from_secs(5)).await.expect("attach");
     for bad in [
         data::Read { length: 0, ..ask(&file, 0..10) },
         data::Read { offset: 995, ..ask(&file, 0..10) },
@@ -485,7 +512,10 @@ async fn versions_and_clusters_must_match_and_sources_of_the_host_need_trust() {
     assert!(frame::read_frame(&mut s).await.expect("end").is_none());
     let at = Endpoint::Tcp(worker.addr().into());
     let c = Connection::open(&at, &me(), Duration::from_secs(5)).await.expect("connect");
-    let e = c.attach(1, &spec("/t"), None, Duration::from_secs(5)).await.expect_err("file:// from the network");
+    let e = c
+        .attach(1, &spec("/t"), None, CachePolicy::default(), Duration::from_secs(5))
+        .await
+        .expect_err("file:// from the network");
     assert!(e.is(Kind::PermissionDenied) && e.to_string().contains("--allow-local-sources"), "{e}");
     let peers = peers(&[&worker]);
     let file = origin.put("f", "1", pattern(13, 10));
@@ -509,7 +539,9 @@ async fn a_reader_that_does_not_read_costs_little_and_is_cut_off() {
     };
     send(&mut s, 0, data::Hello { protocol: PROTOCOL_VERSION, ..Default::default() }.into()).await.expect("hello");
     let spec_json = serde_json::to_string(&spec("/t")).expect("json");
-    send(&mut s, 1, data::Attach { slot: 1, spec_json, keys_json: String::new() }.into()).await.expect("attach");
+    send(&mut s, 1, data::Attach { slot: 1, spec_json, keys_json: String::new(), ..Default::default() }.into())
+        .await
+        .expect("attach");
     // 200 whole blocks: 800 MB of answers that nobody takes. The worker stops reading long before all are sent.
     let mut taken = 0;
     for i in 0..200u64 {

@@ -6,6 +6,7 @@ use efc_client::peers::{FileRef, Peers};
 use efc_client::wire::{Connection, Endpoint};
 use efc_common::block::SEGMENT_BYTES;
 use efc_common::id::ContentId;
+use efc_common::policy::CachePolicy;
 use efc_proto::data;
 use efc_proto::frame::Message;
 use efc_worker::{Worker, WorkerConfig};
@@ -149,7 +150,7 @@ async fn memory_is_shared_over_the_unix_socket_only_and_only_as_long_as_the_work
     let unix = Connection::open(&Endpoint::Unix(path), &me(), limit).await.expect("unix");
     assert!(tcp.shared().is_none() && unix.shared().is_some());
     for c in [&tcp, &unix] {
-        c.attach(1, &spec("/t"), None, limit).await.expect("attach");
+        c.attach(1, &spec("/t"), None, CachePolicy::default(), limit).await.expect("attach");
         let read = data::Read {
             slot: 1,
             locator: file.locator.clone(),

@@ -9,6 +9,7 @@ use efc_client::wire::{Connection, Endpoint, Identity};
 use efc_common::block::split_blocks;
 use efc_common::id::{RingEpoch, SourceId, WorkerId};
 use efc_common::node::{Attr, Entry, Node, Time};
+use efc_common::policy::CachePolicy;
 use efc_common::ring::{Member, Ring};
 use efc_common::source::{SecretRef, SourceSpec};
 use efc_common::{Error, Kind, Result};
@@ -266,6 +267,6 @@ pub(crate) async fn read(peers: &Peers, file: &FileRef, range: Range<u64>) -> Re
 pub(crate) async fn raw(worker: &Worker) -> Arc<Connection> {
     let at = Endpoint::Tcp(worker.addr().into());
     let c = Connection::open(&at, &me(), Duration::from_secs(5)).await.expect("connect");
-    c.attach(1, &spec("/t"), None, Duration::from_secs(5)).await.expect("attach");
+    c.attach(1, &spec("/t"), None, CachePolicy::default(), Duration::from_secs(5)).await.expect("attach");
     c
 }

