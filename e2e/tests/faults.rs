@@ -120,9 +120,7 @@ fn a_killed_worker_comes_back_warm_from_its_disk() -> Result<()> {
     let dir = scratch("faults")?;
     let files = small_set(dir.path())?;
     let server = S3Ro::start(dir.path(), Duration::ZERO)?;
-    // Memory holds the data until the disk has it: what memory must give up before is by design left out of the disk.
-    let spec = WorkerSpec { memory: "64MiB".into(), ..worker() };
-    let mut c = Cluster::start(1, &[spec.clone(), spec.clone(), spec])?;
+    let mut c = Cluster::start(1, &[worker(), worker(), worker()])?;
     let m = mount(&c, &server)?;
     let read = |m: &Mount| {
         let (root, files) = (m.path.clone(), files.clone());

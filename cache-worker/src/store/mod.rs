@@ -355,11 +355,11 @@ impl Store {
         Ok(PutRequest { key, pieces, len, sums, pinned: options.pinned, expires_ms, trial: true, admitted: false })
     }
 
-    /// Memory never evicts what a disk has still to be asked to take, unless the disks hang: nothing that was fetched is lost
+    /// Memory never evicts what has still to be copied to a disk, unless the disks hang: nothing that was fetched is lost
     /// because disks are slow, and what finds no room in memory goes to disk at the disk's pace.
     fn put_memory(&self, memory: &Slab, request: &PutRequest<'_>) -> std::result::Result<Arc<Entry>, BypassReason> {
         let copies = self.writer.copies();
-        let may_go = |e: &Entry| !copies || e.offered.load(Relaxed);
+        let may_go = |e: &Entry| !copies || e.settled.load(Relaxed);
         let entry = memory.put(request, &may_go, &mut drop)?;
         self.writer.offer(entry.clone());
         Ok(entry)

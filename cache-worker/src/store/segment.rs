@@ -79,6 +79,8 @@ pub(super) struct Entry {
     pub(super) hit_before: AtomicBool,
     /// In memory: a disk has been asked to take a copy. On disk: it waits to be copied to memory.
     pub(super) offered: AtomicBool,
+    /// In memory: the disk that was asked has its copy, or will not have one.
+    pub(super) settled: AtomicBool,
     /// Forgotten by the table while a guard existed.
     pub(super) in_limbo: AtomicBool,
     /// Every granule is known to match its checksum: written by this process, or verified since.
@@ -110,6 +112,7 @@ impl Entry {
             pinned: AtomicBool::new(n.pinned),
             hit_before: AtomicBool::new(false),
             offered: AtomicBool::new(false),
+            settled: AtomicBool::new(false),
             in_limbo: AtomicBool::new(false),
             verified: AtomicBool::new(n.verified),
         }

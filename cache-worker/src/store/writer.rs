@@ -103,7 +103,7 @@ impl Writer {
         }
     }
 
-    /// Will everything in memory that was not offered be offered yet? False without a disk in use, and while one hangs.
+    /// Will what is in memory and not settled be settled? False without a disk in use, and while one hangs.
     pub(super) fn copies(&self) -> bool {
         self.thread.is_some()
             && self.state.tiers.disks.iter().any(|d| !d.ejected())
@@ -210,8 +210,9 @@ impl State {
             }
             let room = matches!(job, Job::Write(_)) as u64 * cost(job.entry().len);
             let key = job.entry().key;
-            if let Job::Promote(e) = &job {
-                e.offered.store(false, Relaxed);
+            match &job {
+                Job::Write(e) => e.settled.store(true, Relaxed),
+                Job::Promote(e) => e.offered.store(false, Relaxed),
             }
             // The guard goes first, so that its room is free when the queue says that it has room.
             drop(job);
@@ -275,9 +276,11 @@ impl State {
         if entry.offered.load(Relaxed) || !self.has_room(room) {
             return;
         }
-        if entry.offered.swap(true, Relaxed)
-            || !(disk.admits(&entry.key, entry.len, true) || entry.pinned.load(Relaxed))
-        {
+        if entry.offered.swap(true, Relaxed) {
+            return;
+        }
+        if !(disk.admits(&entry.key, entry.len, true) || entry.pinned.load(Relaxed)) {
+            entry.settled.store(true, Relaxed);
             return;
         }
         let mut q = self.queue.lock();
@@ -308,10 +311,12 @@ impl State {
             trial: false,
             admitted: true,
         };
-        match target.put(&request, &|_| true, &mut drop) {
+        let may_go = |e: &Entry| !promote || e.settled.load(Relaxed);
+        match target.put(&request, &may_go, &mut drop) {
             Ok(copy) => {
                 // A memory copy of a disk entry need not be written to disk.
                 copy.offered.store(promote, Relaxed);
+                copy.settled.store(promote, Relaxed);
                 if request.pinned
                     && let Some(memory) = &self.tiers.memory
                 {
