@@ -22,12 +22,15 @@ use std::time::Duration;
 use stream::{Plan, Streams};
 use tokio::runtime::Handle;
 
+/// Part of the deadline that the kernel's second try of a failed read gets.
+const SECOND_TRY_PART: u32 = 10;
+
 /// How the reader behaves.
 #[derive(Debug, Clone)]
 pub struct ReadConfig {
     /// A stream goes at most this far ahead, bytes; 0 = no read-ahead.
     pub readahead_bytes: u64,
-    /// A read ends after this, whatever happens.
+    /// A read ends after this, whatever happens; the kernel's second try of one that failed after a tenth of it.
     pub deadline: Duration,
 }
 
@@ -100,10 +103,19 @@ impl Reader {
                 Plan::Sequential { ahead } => self.streamed(&file, range, ahead).await,
             }
         };
-        tokio::time::timeout(self.config.deadline, work).await.unwrap_or_else(|_| {
-            Err(Error::new(Kind::Timeout, "read did not end within its deadline")
-                .with("seconds", self.config.deadline.as_secs()))
-        })
+        let second = inode.streams.lock().as_mut().is_some_and(|s| s.is_second_try());
+        let deadline = if second { self.config.deadline / SECOND_TRY_PART } else { self.config.deadline };
+        let outcome = tokio::time::timeout(deadline, work).await.unwrap_or_else(|_| {
+            let e = Error::new(Kind::Timeout, "read did not end within its deadline");
+            Err(e.with("seconds", deadline.as_secs_f32()))
+        });
+        if outcome.is_err()
+            && !second
+            && let Some(s) = inode.streams.lock().as_mut()
+        {
+            s.read_failed();
+        }
+        outcome
     }
 
     async fn exact(&self, file: &File, range: Range<u64>) -> Result<Vec<Bytes>> {

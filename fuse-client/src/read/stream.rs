@@ -7,6 +7,7 @@
 
 use super::parts::PART_BYTES;
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 /// Streams followed per node; the least recently used gives way.
 const STREAMS_MAX: usize = 8;
@@ -14,6 +15,8 @@ const STREAMS_MAX: usize = 8;
 const TOLERANCE_BYTES: u64 = 2 << 20;
 /// A first read at offset 0 of at least this size starts a stream at once: the kernel's own read-ahead thinks so too.
 const EAGER_BYTES: u64 = 128 << 10;
+/// The kernel's second try comes at once.
+const SECOND_TRY: Duration = Duration::from_secs(1);
 /// First window, bytes.
 const WINDOW_MIN_BYTES: u64 = PART_BYTES;
 
@@ -47,9 +50,22 @@ struct Stream {
 pub struct Streams {
     list: Vec<Stream>,
     clock: u64,
+    /// When a read of the node failed, until the next read begins.
+    failed: Option<Instant>,
 }
 
 impl Streams {
+    /// Takes note that a read of the node failed.
+    pub fn read_failed(&mut self) {
+        self.failed = Some(Instant::now());
+    }
+
+    /// Is the read that now begins the kernel's second try of one that has just failed? When its read-ahead failed it asks for the
+    /// page itself, so one read of an application is two here. True once after a failure.
+    pub fn is_second_try(&mut self) -> bool {
+        self.failed.take().is_some_and(|at| at.elapsed() < SECOND_TRY)
+    }
+
     /// Takes note of a read and plans for it. `window_max_bytes` bounds how far ahead a stream may go; 0 switches read-ahead off.
     pub fn plan(&mut self, read: Range<u64>, file_bytes: u64, window_max_bytes: u64) -> Plan {
         self.clock += 1;
