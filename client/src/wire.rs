@@ -10,6 +10,7 @@
 //! - Dropping [`Answers`] cancels: what still arrives for it is read and thrown away.
 
 use crate::shared::SharedMemory;
+use arc_swap::ArcSwapOption;
 use bytes::{Buf, Bytes, BytesMut};
 use efc_common::block::GRANULE_BYTES;
 use efc_common::error::Context;
@@ -111,6 +112,9 @@ struct Inner {
     half: WriteHalf,
     waiters: Mutex<HashMap<u64, Waiter>>,
     broken: OnceLock<Error>,
+    /// The worker's memory tier, if it is on this host and shares it, until the connection breaks: who holds it keeps a dead worker's
+    /// memory alive.
+    shared: ArcSwapOption<SharedMemory>,
     next: AtomicU64,
     started: Instant,
     heard_ms: AtomicU64,
@@ -120,8 +124,6 @@ struct Inner {
 pub struct Connection {
     inner: Arc<Inner>,
     hello: data::Hello,
-    /// The worker's memory tier, if it is on this host and shares it.
-    shared: Option<SharedMemory>,
     room: Arc<Semaphore>,
     tasks: TaskGroup,
 }
@@ -190,6 +192,7 @@ impl Connection {
             half,
             waiters: Mutex::default(),
             broken: OnceLock::new(),
+            shared: ArcSwapOption::empty(),
             next: AtomicU64::new(1),
             started: Instant::now(),
             heard_ms: AtomicU64::new(0),
@@ -226,8 +229,8 @@ impl Connection {
             read_side.fail(why);
         });
         stop.disarm();
-        let shared = shared.filter(|_| hello.share);
-        Ok(Arc::new(Connection { inner, hello, shared, room, tasks }))
+        inner.share(shared.filter(|_| hello.share));
+        Ok(Arc::new(Connection { inner, hello, room, tasks }))
     }
 
     /// Id of the worker, as it says itself.
@@ -245,9 +248,9 @@ impl Connection {
         &self.inner.endpoint
     }
 
-    /// The worker's memory tier, while the connection works: a worker that is gone has no memory that anybody should keep.
-    pub fn shared(&self) -> Option<&SharedMemory> {
-        self.shared.as_ref().filter(|_| self.inner.broken.get().is_none())
+    /// The worker's memory tier, if it shares it, while the connection works. For one read, not for keeping.
+    pub fn shared(&self) -> Option<Arc<SharedMemory>> {
+        self.inner.shared.load_full()
     }
 
     /// Sends a message that is not answered.
@@ -523,8 +526,17 @@ impl Inner {
         self.heard_ms.store(self.started.elapsed().as_millis() as u64, Relaxed);
     }
 
+    fn share(&self, shared: Option<SharedMemory>) {
+        self.shared.store(shared.map(Arc::new));
+        // Checked after it is entered: either `fail` sees it or we see that it was called.
+        if self.broken.get().is_some() {
+            self.shared.store(None);
+        }
+    }
+
     fn fail(&self, why: Error) {
         let why = self.broken.get_or_init(|| why);
+        self.shared.store(None);
         let waiters = std::mem::take(&mut *self.waiters.lock());
         for w in waiters.into_values() {
             let _ = w.answers.send(Err(why.share()));
