@@ -112,14 +112,15 @@ pub fn drop_caches() -> Result<()> {
 }
 
 /// Has the host back the memory that the next phase will take: a virtual machine gives freed pages back (free page reporting),
-/// and each first touch of such a page costs a fault of the host, several times the work that is measured. Takes and frees half of what
-/// is available, at most 6 GiB.
-pub fn touch_memory() {
+/// and each first touch of such a page costs a fault of the host, several times the work that is measured. Takes and frees `bytes`, at most
+/// half of what is available.
+pub fn touch_memory(bytes: u64) {
     const PAGE: usize = 4096;
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib =
-        text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse::<usize>().ok());
-    let mut memory: Vec<u8> = Vec::with_capacity((kib.unwrap_or(0) * 1024 / 2).min(6 << 30));
+        text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse::<u64>().ok());
+    let bytes = bytes.min(kib.unwrap_or(0) * 1024 / 2) as usize;
+    let mut memory: Vec<u8> = Vec::with_capacity(bytes);
     for page in memory.spare_capacity_mut().chunks_mut(PAGE) {
         page[0].write(1);
     }

@@ -113,6 +113,9 @@ pub struct Settings {
     pub second: bool,
 }
 
+/// Memory touched before a phase, in sizes of the large file: caches of two tiers, page cache and buffers.
+const TOUCHED: u64 = 6;
+
 /// The machine's load average over the last minute.
 pub fn load() -> f64 {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
@@ -238,7 +241,7 @@ impl Session<'_> {
     fn measure(&self, mounted: &Mounted, phase: Phase) -> Result<Measured> {
         let fuse = || if self.tool.is_efc() { mounted.fuse_requests().map(Some) } else { Ok(None) };
         if phase != Phase::Hot {
-            touch_memory();
+            touch_memory(TOUCHED * self.data.plan.big_bytes);
         }
         let before = fuse()?;
         let load = load();

@@ -6,6 +6,7 @@
 //! reads match no stream and get exactly their bytes; a stream that is left behind is replaced by a newer one.
 
 use super::parts::PART_BYTES;
+use efc_common::block::BLOCK_BYTES;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -108,8 +109,9 @@ impl Streams {
         }
         s.window = (s.window * 2).min(window_max_bytes);
         let from = s.ahead.max(s.next);
-        // Whole parts, so that none is asked for twice.
-        s.ahead = (s.next + s.window).next_multiple_of(PART_BYTES);
+        // Whole parts, so that none is asked for twice; whole blocks as soon as the window holds one, so that each is one request.
+        let unit = if s.window >= BLOCK_BYTES as u64 { BLOCK_BYTES as u64 } else { PART_BYTES };
+        s.ahead = (s.next + s.window).next_multiple_of(unit);
         Plan::Sequential { ahead: from..s.ahead.max(from) }
     }
 }
@@ -131,9 +133,11 @@ mod tests {
                 Plan::Sequential { ahead } => {
                     if !ahead.is_empty() {
                         assert!(ahead.start >= ahead_end, "nothing is fetched twice");
+                        let whole = ahead.end.is_multiple_of(BLOCK_BYTES as u64);
+                        assert!(whole || i < 100, "a block is asked for in one piece: {ahead:?}");
                         ahead_end = ahead.end;
                     }
-                    assert!(ahead_end <= at + step + 17 * MIB, "never beyond the window");
+                    assert!(ahead_end <= at + step + 20 * MIB, "never a block beyond the window");
                     assert!(i < 200 || ahead_end >= at + step + 8 * MIB, "at least half of the window is ahead");
                 }
                 Plan::Random => panic!("read {i} of a sequential reader taken as random"),
