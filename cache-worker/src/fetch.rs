@@ -14,7 +14,7 @@ use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use futures::StreamExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinSet, spawn_blocking};
@@ -24,8 +24,9 @@ use tokio::time::timeout;
 const INSERTS_MAX: usize = 4;
 /// Segments being written to disk by fetches, because memory did not take them.
 const DISK_WRITES_MAX: usize = 16;
-/// A fetch waits so long for its turn at the disks, then its segment is not cached: a disk that hangs slows reads, and no more.
-const DISK_PATIENCE: Duration = Duration::from_millis(100);
+/// A fetch waits so long for its turn at the disks. Then they hang: its segment is not cached, and nobody waits again until a write to
+/// them has ended.
+const DISK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Fetches segments.
 pub(crate) struct Fetcher {
@@ -36,6 +37,7 @@ pub(crate) struct Fetcher {
     /// One write to memory at a time: the file system lets no second one in, and whoever waits here leaves its thread to others.
     memory_write: Semaphore,
     disk_writes: Arc<Semaphore>,
+    disks_hang: Arc<AtomicBool>,
     deadline: Duration,
     tasks: TaskGroup,
     /// Range requests made.
@@ -60,6 +62,7 @@ impl Fetcher {
             gate: Semaphore::new(concurrency.max(1)),
             memory_write: Semaphore::new(1),
             disk_writes: Arc::new(Semaphore::new(DISK_WRITES_MAX)),
+            disks_hang: Arc::default(),
             deadline,
             tasks,
             requests: AtomicU64::new(0),
@@ -148,9 +151,13 @@ impl Fetcher {
         pieces: Arc<[Bytes]>,
         sums: Arc<[u32]>,
     ) -> impl Future<Output = ()> + Send + use<> {
-        let (store, turns) = (self.store.clone(), self.disk_writes.clone());
+        let (store, turns, hang) = (self.store.clone(), self.disk_writes.clone(), self.disks_hang.clone());
         async move {
-            let Ok(Ok(turn)) = timeout(DISK_PATIENCE, turns.acquire_owned()).await else {
+            let patience = if hang.load(Relaxed) { Duration::ZERO } else { DISK_PATIENCE };
+            let Ok(Ok(turn)) = timeout(patience, turns.acquire_owned()).await else {
+                if !hang.swap(true, Relaxed) {
+                    tracing::warn!("cache disks hang; what is fetched is not cached until they write again");
+                }
                 return store.disk_is_behind();
             };
             let write = spawn_blocking(move || {
@@ -160,6 +167,7 @@ impl Fetcher {
                     // Counted by the store; the waiters have the bytes.
                     Inserted::Bypassed(_) => {}
                 }
+                hang.store(false, Relaxed);
             });
             if let Err(e) = write.await {
                 tracing::error!(error = %e, "storing a segment failed");
