@@ -109,7 +109,7 @@ where
     R: AsyncRead + Unpin + Send + 'static,
 {
     let mut reader = BufReader::with_capacity(4096, reader);
-    let greeting = timeout(HANDSHAKE_DEADLINE, greet(&server, &mut reader, &writer)).await;
+    let greeting = timeout(HANDSHAKE_DEADLINE, greet(&server, &mut reader, &writer, own_user)).await;
     let shares = match greeting {
         Ok(Ok(Some(shares))) => shares,
         Ok(Ok(None)) => return,
@@ -159,7 +159,12 @@ fn refused(why: &'static str, e: &Error) {
 }
 
 /// The handshake: was our memory shared? `None` if the peer closed the connection before it said anything.
-async fn greet<R: AsyncRead + Unpin>(server: &Server, reader: &mut R, writer: &WriteHalf) -> Result<Option<bool>> {
+async fn greet<R: AsyncRead + Unpin>(
+    server: &Server,
+    reader: &mut R,
+    writer: &WriteHalf,
+    own_user: bool,
+) -> Result<Option<bool>> {
     let Some(head) = frame::read_head(reader, 0).await? else { return Ok(None) };
     let theirs = match head.message {
         Message::Hello(h) => h,
@@ -181,9 +186,8 @@ async fn greet<R: AsyncRead + Unpin>(server: &Server, reader: &mut R, writer: &W
     } else {
         None
     };
-    // Only our own user can open the unix socket: what it may read here it could ask us for.
-    let unix = matches!(writer, WriteHalf::Unix(_));
-    let files = server.service().store.shared_files().filter(|_| theirs.share && unix && error.is_none());
+    // What our own user may read here it could ask us for.
+    let files = server.service().store.shared_files().filter(|_| theirs.share && own_user && error.is_none());
     let answer: Message = match &error {
         Some(e) => to_fail(e, 0).into(),
         None => data::Hello { share: files.is_some(), ..server.hello() }.into(),

@@ -31,20 +31,26 @@ pub struct ClusterLink {
     embedded: Option<Embedded>,
 }
 
+/// What is mounted, as far as the cluster has to know.
+pub struct Mounted {
+    /// The source.
+    pub spec: SourceSpec,
+    /// Keys that travel with it.
+    pub keys: Option<StaticKeys>,
+    /// How workers keep what is read of it.
+    pub cache: CachePolicy,
+    /// What the masters are told is mounted: the name of a dataset, which then cannot be deleted, or the URL of a source.
+    pub session: String,
+}
+
 impl ClusterLink {
     /// Reaches the cluster of `options.masters`, or starts an embedded one.
     ///
-    /// `dataset` is what the masters are told is mounted: the name of a dataset, which then cannot be deleted, or the URL of a source.
-    ///
     /// # Errors
     /// [`Kind::Unavailable`] or [`Kind::Timeout`] naming the masters, or what kept the embedded processes from starting.
-    #[allow(clippy::too_many_arguments, reason = "called once")]
     pub async fn start(
         options: &MountOptions,
-        spec: &SourceSpec,
-        cache: CachePolicy,
-        dataset: &str,
-        keys: Option<StaticKeys>,
+        what: &Mounted,
         mountpoint: &Path,
         log_level: &str,
         tasks: &TaskGroup,
@@ -79,10 +85,15 @@ impl ClusterLink {
         }
         // About two percent of the budget.
         let places = options.memory_bytes / 16_384;
-        let peers =
-            Peers::new(ring.clone(), spec.clone(), keys, me, PeersOptions { places, cache, ..Default::default() });
+        let peers = Peers::new(
+            ring.clone(),
+            what.spec.clone(),
+            what.keys.clone(),
+            me,
+            PeersOptions { places, cache: what.cache, ..Default::default() },
+        );
         let client = format!("{host}:{}:{}", std::process::id(), mountpoint.display());
-        tasks.spawn_graceful(keep_session(master, client, dataset.to_string(), tasks.clone()));
+        tasks.spawn_graceful(keep_session(master, client, what.session.clone(), tasks.clone()));
         Ok(ClusterLink { ring, peers, embedded })
     }
 

@@ -2,7 +2,7 @@
 //! serve, tell, end.
 
 use crate::cli::MountArgs;
-use crate::cluster::ClusterLink;
+use crate::cluster::{ClusterLink, Mounted};
 use crate::control::{self, ControlSocket};
 use crate::fs::directory::Directories;
 use crate::fs::{EfcFs, Parts};
@@ -18,7 +18,7 @@ use efc_client::master::MasterClient;
 use efc_common::error::Context as _;
 use efc_common::limit::ByteBudget;
 use efc_common::policy::{CachePolicy, Consistency};
-use efc_common::source::{SourceSpec, StaticKeys};
+use efc_common::source::SourceSpec;
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result, log, metrics};
 use efc_proto::convert::cache_policy;
@@ -91,14 +91,10 @@ pub fn run(args: &MountArgs, options: MountOptions, ready: impl FnOnce()) -> Res
 
 /// The source with everything that was looked up for it.
 struct Resolved {
-    spec: SourceSpec,
-    keys: Option<StaticKeys>,
+    mounted: Mounted,
     consistency: Consistency,
-    cache: CachePolicy,
     /// As people named it.
     shown: String,
-    /// As the masters are told: the dataset's name, or the source's URL.
-    session: String,
 }
 
 async fn resolve(args: &MountArgs, options: &MountOptions) -> Result<Resolved> {
@@ -111,7 +107,8 @@ async fn resolve(args: &MountArgs, options: &MountOptions) -> Result<Resolved> {
     };
     let keys = keys_to_send(&spec, options.keys.as_ref())?;
     let consistency = options.consistency.or(offered).unwrap_or_default();
-    Ok(Resolved { spec, keys, consistency, cache, shown: args.source.clone(), session })
+    let mounted = Mounted { spec, keys, cache, session };
+    Ok(Resolved { mounted, consistency, shown: args.source.clone() })
 }
 
 async fn dataset(
@@ -152,20 +149,10 @@ struct Process {
 impl Process {
     async fn start(args: &MountArgs, options: MountOptions, exposition: metrics::PrometheusHandle) -> Result<Process> {
         let source = resolve(args, &options).await?;
-        let backend = efc_backend::connect(&source.spec, source.keys.as_ref()).await?;
+        let backend = efc_backend::connect(&source.mounted.spec, source.mounted.keys.as_ref()).await?;
         let root = backend.root().await?;
         let tasks = TaskGroup::new();
-        let cluster = ClusterLink::start(
-            &options,
-            &source.spec,
-            source.cache,
-            &source.session,
-            source.keys.clone(),
-            &args.mountpoint,
-            &args.log_level,
-            &tasks,
-        )
-        .await?;
+        let cluster = ClusterLink::start(&options, &source.mounted, &args.mountpoint, &args.log_level, &tasks).await?;
         let data = Arc::new(DataSource::new(backend, Some(cluster.peers.clone()), options.workers_only));
 
         let taken = if args.takeover {

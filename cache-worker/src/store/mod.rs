@@ -327,7 +327,7 @@ impl Store {
         let slices: Vec<&[u8]> = pieces.iter().map(|p| &p[..]).collect();
         let put = self.request(key, &slices, sums, options).and_then(|request| {
             let disk = t.home(&key).ok_or(BypassReason::Ejected);
-            let put = disk.and_then(|d| d.put(&PutRequest { trial: false, ..request }, &|_| true, &mut drop));
+            let put = disk.and_then(|d| d.put(&PutRequest { trial: false, ..request }, &|_| true));
             match (put, &t.memory) {
                 (Err(_), Some(memory)) if options.pinned => self.put_memory(memory, &request),
                 (put, _) => put,
@@ -360,7 +360,7 @@ impl Store {
     fn put_memory(&self, memory: &Slab, request: &PutRequest<'_>) -> std::result::Result<Arc<Entry>, BypassReason> {
         let copies = self.writer.copies();
         let may_go = |e: &Entry| !copies || e.settled.load(Relaxed);
-        let entry = memory.put(request, &may_go, &mut drop)?;
+        let entry = memory.put(request, &may_go)?;
         self.writer.offer(entry.clone());
         Ok(entry)
     }

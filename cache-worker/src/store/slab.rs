@@ -180,21 +180,16 @@ impl Slab {
         self.state.lock().policy.seen(key_hash(key));
     }
 
-    /// Stores a segment: makes room among what `may_go`, writes, and only then lets it be found. `evicted` is called with what
-    /// had to go, before its room is taken, and may keep it (limbo).
-    pub(super) fn put(
-        &self,
-        r: &PutRequest<'_>,
-        may_go: &dyn Fn(&Entry) -> bool,
-        evicted: &mut dyn FnMut(Arc<Entry>),
-    ) -> Result<Arc<Entry>, BypassReason> {
+    /// Stores a segment: makes room among what `may_go`, writes, and only then lets it be found. What had to go
+    /// and is still guarded is in limbo.
+    pub(super) fn put(&self, r: &PutRequest<'_>, may_go: &dyn Fn(&Entry) -> bool) -> Result<Arc<Entry>, BypassReason> {
         if self.ejected() {
             return Err(BypassReason::Ejected);
         }
         let mut out = Vec::new();
         let claimed = self.claim(r, may_go, &mut out);
         self.counters.removed(self.shared.tier, Removal::Capacity, out.len() as u64);
-        out.into_iter().for_each(evicted);
+        drop(out);
         if let Some(existing) = claimed? {
             if r.pinned {
                 self.pin(&r.key, true);

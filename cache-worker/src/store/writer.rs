@@ -312,7 +312,7 @@ impl State {
             admitted: true,
         };
         let may_go = |e: &Entry| !promote || e.settled.load(Relaxed);
-        match target.put(&request, &may_go, &mut drop) {
+        match target.put(&request, &may_go) {
             Ok(copy) => {
                 // A memory copy of a disk entry need not be written to disk.
                 copy.offered.store(promote, Relaxed);

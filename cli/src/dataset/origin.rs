@@ -75,13 +75,14 @@ impl Origin {
         let keys = keys_to_send(&spec, None)?;
         let backend = connect(&spec, keys.as_ref()).await?;
         let consistency: Consistency = dataset.consistency.parse()?;
-        let options = PeersOptions { cache: cache_policy(dataset.cache), ..Default::default() };
+        let cache = cache_policy(dataset.cache);
+        let options = PeersOptions { cache, ..Default::default() };
         Ok(Arc::new(Origin {
             path: mount.path.split('/').filter(|p| !p.is_empty()).map(|p| p.as_bytes().to_vec()).collect(),
             id: spec.id(),
             backend,
             peers: Peers::new(ring.clone(), spec, keys, cluster.me.clone(), options),
-            pin: dataset.cache.is_some_and(|c| c.pin),
+            pin: cache.pin,
             max_age: consistency.ttl(),
         }))
     }
