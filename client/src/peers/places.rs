@@ -66,6 +66,9 @@ impl Places {
                 let mut touched = self.touched.lock();
                 if touched.len() < TOUCHED_MAX {
                     touched.push(known);
+                } else {
+                    // Not told of this time, but it must be after its next read.
+                    known.untold.store(0, Relaxed);
                 }
             }
         }
