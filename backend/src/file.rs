@@ -353,7 +353,10 @@ fn node(locator: Bytes, s: &Stat) -> Node {
         FileType::RegularFile => FileKind::File,
         FileType::Directory => FileKind::Directory,
         FileType::Symlink => FileKind::Symlink,
-        _ => FileKind::Special,
+        FileType::Fifo => FileKind::Fifo,
+        FileType::CharacterDevice => FileKind::CharDevice,
+        FileType::BlockDevice => FileKind::BlockDevice,
+        _ => FileKind::Socket,
     };
     let version = if kind == FileKind::Directory { Bytes::new() } else { Bytes::copy_from_slice(&version_of(s)) };
     let attr = Attr {
@@ -367,6 +370,9 @@ fn node(locator: Bytes, s: &Stat) -> Node {
         nlink: s.st_nlink as u32,
         fileid: s.st_ino,
         used: Some(s.st_blocks as u64 * 512),
+        atime: Some(Time { secs: s.st_atime, nanos: s.st_atime_nsec as u32 }),
+        // Linux uses 12 bits for the major number and 20 for the minor.
+        rdev: s.st_rdev as u32,
     };
     Node { locator, version, attr }
 }
@@ -466,7 +472,7 @@ mod tests {
         let root = b.root().await.expect("root");
         let page = b.list(&root.locator, None).await.expect("list");
         let node = &page.entries[0].node;
-        assert_eq!(node.attr.kind, FileKind::Special);
+        assert_eq!(node.attr.kind, FileKind::Fifo);
         assert_eq!(b.xattrs(&node.locator).await.expect("xattrs"), []);
         assert!(b.read(&node.locator, &node.version, 0..1).await.is_err());
         assert!(b.read(&root.locator, &node.version, 0..1).await.is_err_and(|e| e.is(Kind::IsADirectory)));

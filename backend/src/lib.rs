@@ -13,9 +13,11 @@ mod limit;
 pub mod names;
 mod nfs;
 pub mod object;
+pub mod objects;
 mod retry;
 #[cfg(any(test, feature = "suite"))]
 pub mod suite;
+pub mod tree;
 
 pub use connect::connect;
 

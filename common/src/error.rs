@@ -49,6 +49,26 @@ pub enum Kind {
     NameTooLong,
     /// The resource is busy (mountpoint in use, dataset mounted ...).
     Busy,
+    /// The directory is not empty (ENOTEMPTY).
+    NotEmpty,
+    /// The operation itself is refused, whoever asks (EPERM).
+    NotPermitted,
+    /// The file would become larger than the origin permits (EFBIG).
+    TooLarge,
+    /// The origin permits no further hard link (EMLINK).
+    TooManyLinks,
+    /// Source and target are in different file systems (EXDEV).
+    CrossDevice,
+    /// The quota at the origin is used up (EDQUOT).
+    NoQuota,
+    /// Somebody else changed it meanwhile: a conditional write was refused, nothing was overwritten.
+    Conflict,
+    /// Waiting for this lock would never end (EDEADLK).
+    Deadlock,
+    /// The session that asks was given up: its leases have passed on.
+    Fenced,
+    /// A value is larger than the buffer or the origin permits (ERANGE, E2BIG).
+    OutOfRange,
     /// Anything else: an I/O error or a broken invariant.
     Io,
 }
@@ -75,6 +95,16 @@ impl Kind {
             Kind::NoData => "no_data",
             Kind::NameTooLong => "name_too_long",
             Kind::Busy => "busy",
+            Kind::NotEmpty => "not_empty",
+            Kind::NotPermitted => "not_permitted",
+            Kind::TooLarge => "too_large",
+            Kind::TooManyLinks => "too_many_links",
+            Kind::CrossDevice => "cross_device",
+            Kind::NoQuota => "no_quota",
+            Kind::Conflict => "conflict",
+            Kind::Deadlock => "deadlock",
+            Kind::Fenced => "fenced",
+            Kind::OutOfRange => "out_of_range",
             Kind::Io => "io",
         }
     }

@@ -14,8 +14,14 @@ pub enum FileKind {
     Directory,
     /// A symbolic link.
     Symlink,
-    /// A FIFO, socket or device (NAS and `file` sources only): listed, never opened.
-    Special,
+    /// A FIFO (this and the following in NAS and `file` sources only; the kernel opens them without us).
+    Fifo,
+    /// A socket.
+    Socket,
+    /// A character device.
+    CharDevice,
+    /// A block device.
+    BlockDevice,
 }
 
 /// Seconds and nanoseconds since the Unix epoch; negative before it.
@@ -35,6 +41,8 @@ pub struct Attr {
     pub kind: FileKind,
     /// Length in bytes (files), length of the target (symbolic links), 0 or the origin's value (directories).
     pub size: u64,
+    /// Last access, if the origin keeps it.
+    pub atime: Option<Time>,
     /// Last modification of the content.
     pub mtime: Time,
     /// Last change of the attributes; the origin's mtime where it has no ctime.
@@ -51,6 +59,8 @@ pub struct Attr {
     pub fileid: u64,
     /// Bytes of storage used, if the origin says so; else `size` is shown.
     pub used: Option<u64>,
+    /// Number of a device (Linux `dev_t` encoding), 0 of everything else.
+    pub rdev: u32,
 }
 
 impl Attr {
@@ -59,6 +69,7 @@ impl Attr {
         Attr {
             kind: FileKind::File,
             size,
+            atime: None,
             mtime,
             ctime: mtime,
             mode: None,
@@ -67,6 +78,7 @@ impl Attr {
             nlink: 1,
             fileid: 0,
             used: None,
+            rdev: 0,
         }
     }
 

@@ -106,13 +106,13 @@ async fn warm_path(source: &Arc<DataSource>, root: &Node, ttl: Duration, path: &
                     match e.node.attr.kind {
                         FileKind::Directory => todo.push((below, e.node.clone())),
                         FileKind::File => files.push((below, e.node.clone())),
-                        FileKind::Symlink | FileKind::Special => {}
+                        _ => {}
                     }
                 }
                 fill(source, files, p).await;
             }
             FileKind::File => fill(source, vec![(path, node)], p).await,
-            FileKind::Symlink | FileKind::Special => {}
+            _ => {}
         }
     }
     Ok(())

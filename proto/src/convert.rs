@@ -18,7 +18,10 @@ fn kind_code(k: FileKind) -> u32 {
         FileKind::File => 0,
         FileKind::Directory => 1,
         FileKind::Symlink => 2,
-        FileKind::Special => 3,
+        FileKind::Fifo => 3,
+        FileKind::Socket => 4,
+        FileKind::CharDevice => 5,
+        FileKind::BlockDevice => 6,
     }
 }
 
@@ -39,6 +42,9 @@ pub fn node_to_wire(n: &Node) -> data::Node {
         nlink: n.attr.nlink,
         fileid: n.attr.fileid,
         used: n.attr.used,
+        atime_secs: n.attr.atime.map(|t| t.secs),
+        atime_nanos: n.attr.atime.map_or(0, |t| t.nanos),
+        rdev: n.attr.rdev,
     }
 }
 
@@ -52,13 +58,16 @@ pub fn node_from_wire(n: data::Node) -> Result<Node> {
         0 => FileKind::File,
         1 => FileKind::Directory,
         2 => FileKind::Symlink,
-        3 => FileKind::Special,
+        3 => FileKind::Fifo,
+        4 => FileKind::Socket,
+        5 => FileKind::CharDevice,
+        6 => FileKind::BlockDevice,
         _ => return bad("node of unknown kind"),
     };
     if n.locator.len() > LOCATOR_BYTES_MAX || n.version.len() > VERSION_BYTES_MAX {
         return bad("node with an oversized locator or version");
     }
-    if n.mtime_nanos >= 1_000_000_000 || n.ctime_nanos >= 1_000_000_000 {
+    if n.mtime_nanos >= 1_000_000_000 || n.ctime_nanos >= 1_000_000_000 || n.atime_nanos >= 1_000_000_000 {
         return bad("node with an impossible time");
     }
     let attr = Attr {
@@ -72,6 +81,8 @@ pub fn node_from_wire(n: data::Node) -> Result<Node> {
         nlink: n.nlink,
         fileid: n.fileid,
         used: n.used,
+        atime: n.atime_secs.map(|secs| Time { secs, nanos: n.atime_nanos }),
+        rdev: n.rdev,
     };
     Ok(Node { locator: n.locator, version: n.version, attr })
 }

@@ -23,6 +23,16 @@ const TABLE: &[(Kind, u32, Code)] = &[
     (Kind::NoData, 16, Code::NotFound),
     (Kind::NameTooLong, 17, Code::InvalidArgument),
     (Kind::Busy, 18, Code::FailedPrecondition),
+    (Kind::NotEmpty, 20, Code::FailedPrecondition),
+    (Kind::NotPermitted, 21, Code::PermissionDenied),
+    (Kind::TooLarge, 22, Code::OutOfRange),
+    (Kind::TooManyLinks, 23, Code::FailedPrecondition),
+    (Kind::CrossDevice, 24, Code::FailedPrecondition),
+    (Kind::NoQuota, 25, Code::ResourceExhausted),
+    (Kind::Conflict, 26, Code::Aborted),
+    (Kind::Deadlock, 27, Code::Aborted),
+    (Kind::Fenced, 28, Code::FailedPrecondition),
+    (Kind::OutOfRange, 29, Code::OutOfRange),
     (Kind::Io, 19, Code::Internal),
 ];
 
@@ -93,6 +103,7 @@ mod tests {
     #[test]
     fn codes_are_unique() {
         let mut codes: Vec<u32> = TABLE.iter().map(|r| r.1).collect();
+        codes.sort_unstable();
         codes.dedup();
         assert_eq!(codes.len(), TABLE.len());
     }

@@ -295,6 +295,11 @@ fn unfit(name: &[u8]) -> Option<&'static str> {
     }
 }
 
+/// Linux' 32-bit encoding of a device number: 12 bits of major in the middle of 20 bits of minor.
+fn device(major: u32, minor: u32) -> u32 {
+    minor & 0xff | (major & 0xfff) << 8 | (minor & 0xfff00) << 12
+}
+
 fn time(t: nfstime3) -> Time {
     Time { secs: t.seconds.into(), nanos: t.nseconds.min(999_999_999) }
 }
@@ -304,7 +309,10 @@ fn node(locator: Bytes, a: &fattr3) -> Node {
         ftype3::NF3REG => FileKind::File,
         ftype3::NF3DIR => FileKind::Directory,
         ftype3::NF3LNK => FileKind::Symlink,
-        ftype3::NF3BLK | ftype3::NF3CHR | ftype3::NF3SOCK | ftype3::NF3FIFO => FileKind::Special,
+        ftype3::NF3BLK => FileKind::BlockDevice,
+        ftype3::NF3CHR => FileKind::CharDevice,
+        ftype3::NF3SOCK => FileKind::Socket,
+        ftype3::NF3FIFO => FileKind::Fifo,
     };
     let version = if kind == FileKind::Directory { Bytes::new() } else { Bytes::copy_from_slice(&version_of(a)) };
     let attr = Attr {
@@ -318,6 +326,8 @@ fn node(locator: Bytes, a: &fattr3) -> Node {
         nlink: a.nlink,
         fileid: a.fileid,
         used: Some(a.used),
+        atime: Some(time(a.atime)),
+        rdev: device(a.rdev.specdata1, a.rdev.specdata2),
     };
     Node { locator, version, attr }
 }

@@ -218,7 +218,7 @@ impl Tree {
                 out.progress.found(file.size);
                 let _ = out.files.send(Found { path: self.url(&parts), origin: origin.clone(), file }).await;
             }
-            FileKind::Symlink | FileKind::Special => {}
+            _ => {}
         }
     }
 

@@ -37,7 +37,7 @@ impl Ownership {
         let bits = match attr.kind {
             FileKind::Directory => self.dir_mode.or(attr.mode).unwrap_or(0o755),
             FileKind::Symlink => attr.mode.unwrap_or(0o777),
-            FileKind::File | FileKind::Special => self.file_mode.or(attr.mode).unwrap_or(0o644),
+            _ => self.file_mode.or(attr.mode).unwrap_or(0o644),
         };
         bits & 0o7777 & !self.umask
     }
@@ -49,8 +49,10 @@ pub fn type_bits(kind: FileKind) -> u32 {
         FileKind::File => libc::S_IFREG,
         FileKind::Directory => libc::S_IFDIR,
         FileKind::Symlink => libc::S_IFLNK,
-        // Listed so that nothing is hidden; a socket is the one special file that cannot be opened by mistake.
-        FileKind::Special => libc::S_IFSOCK,
+        FileKind::Fifo => libc::S_IFIFO,
+        FileKind::Socket => libc::S_IFSOCK,
+        FileKind::CharDevice => libc::S_IFCHR,
+        FileKind::BlockDevice => libc::S_IFBLK,
     }
 }
 

@@ -21,6 +21,18 @@ pub fn errno(kind: Kind) -> i32 {
         Kind::NoData => libc::ENODATA,
         Kind::NameTooLong => libc::ENAMETOOLONG,
         Kind::Busy => libc::EBUSY,
+        Kind::NotEmpty => libc::ENOTEMPTY,
+        Kind::NotPermitted => libc::EPERM,
+        Kind::TooLarge => libc::EFBIG,
+        Kind::TooManyLinks => libc::EMLINK,
+        Kind::CrossDevice => libc::EXDEV,
+        Kind::NoQuota => libc::EDQUOT,
+        // Nothing was overwritten and nothing is lost, but what was written is not at its place.
+        Kind::Conflict => libc::ESTALE,
+        Kind::Deadlock => libc::EDEADLK,
+        // The mount was cut off for longer than its lease.
+        Kind::Fenced => libc::EIO,
+        Kind::OutOfRange => libc::ERANGE,
         // `Kind` is non-exhaustive for other crates; a kind without a line here is an I/O error.
         _ => libc::EIO,
     }

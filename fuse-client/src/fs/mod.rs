@@ -127,15 +127,14 @@ impl Shared {
             ino: id,
             size: attr.size,
             blocks: attr::blocks(attr),
-            // Access times are not kept.
-            atime: attr.mtime,
+            atime: attr.atime.unwrap_or(attr.mtime),
             mtime: attr.mtime,
             ctime: attr.ctime,
             mode: attr::type_bits(attr.kind) | own.permissions(attr),
             nlink: attr.nlink,
             uid: own.uid(attr),
             gid: own.gid(attr),
-            rdev: 0,
+            rdev: attr.rdev,
             blksize: IO_BYTES,
         }
     }

@@ -1,0 +1,149 @@
+//! Changing an object store: whole objects, multipart uploads, copies inside the store, metadata. What a POSIX write becomes of these is
+//! decided in the FUSE client (`fuse-client/src/write/`); here each call is one request (or one page of a batch).
+//!
+//! Errors are final unless their verdict says [`efc_common::Retry::Later`]. [`efc_common::Kind::Conflict`]: a condition did not hold, nothing was changed.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use efc_common::Result;
+use efc_common::node::{Node, Time};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// What a store can do and how large things may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ObjectLimits {
+    /// Smallest part of a multipart upload but the last, bytes.
+    pub part_bytes_min: u64,
+    /// Largest part, and largest object of a single PUT, bytes.
+    pub part_bytes_max: u64,
+    /// Most parts of an upload.
+    pub parts_max: u32,
+    /// AppendObject (OSS).
+    pub append: bool,
+    /// A part may be a range of another object (UploadPartCopy).
+    pub compose: bool,
+    /// `If-Match` and `If-None-Match` (OSS: forbid-overwrite) are honoured by PUT and by the completion of an upload. S3-compatible servers differ: probed once.
+    pub conditional: bool,
+}
+
+/// What is kept beside the bytes of an object, in the layout of s3fs and ossfs (`mode`, `uid`, `gid`, `mtime` as user metadata, decimal) which rclone reads as well.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Metadata {
+    /// `st_mode` with the type bits, so that a symbolic link (its target is the content) and a directory marker are known as such.
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Modification time; where there is none the store's own.
+    pub mtime: Option<Time>,
+    /// `Content-Type`.
+    pub content_type: Option<String>,
+    /// All other user metadata, kept as it was found (names in lower case, without the `x-amz-meta-` prefix).
+    pub other: BTreeMap<String, String>,
+}
+
+/// Condition of a change.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Condition {
+    /// None.
+    #[default]
+    Any,
+    /// The key must not exist.
+    Absent,
+    /// The key must hold this version.
+    Version(Bytes),
+}
+
+/// A multipart upload that was begun.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct UploadId(pub String);
+
+/// What the store answered for a part: needed to complete.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// 1 to [`ObjectLimits::parts_max`].
+    pub number: u32,
+    /// The part's ETag.
+    pub etag: Vec<u8>,
+}
+
+/// An upload nobody has completed yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenUpload {
+    /// Locator of its object.
+    pub locator: Bytes,
+    /// Its id.
+    pub id: UploadId,
+    /// When it was begun.
+    pub begun: Time,
+}
+
+/// A body in pieces, sent in order without joining them.
+pub type Body = Vec<Bytes>;
+
+/// An object store that can be changed. Locators are those of [`crate::Backend`].
+#[async_trait]
+pub trait Objects: Send + Sync + 'static {
+    /// What the store can do. Probes `conditional` at the first call where it is not known from the kind of store.
+    async fn limits(&self) -> Result<ObjectLimits>;
+
+    /// The locator of `name` in `dir`: of an object, or with `directory` of a prefix. [`efc_common::Kind::Invalid`] for a name that [`crate::names`] cannot
+    /// lead back to a key, [`efc_common::Kind::NameTooLong`] for a key over 1,024 bytes.
+    fn child(&self, dir: &Bytes, name: &[u8], directory: bool) -> Result<Bytes>;
+
+    /// Writes a whole object (for the locator of a directory: its marker). The new node.
+    async fn put(&self, locator: &Bytes, body: Body, metadata: &Metadata, condition: &Condition) -> Result<Node>;
+
+    /// Begins a multipart upload.
+    async fn begin(&self, locator: &Bytes, metadata: &Metadata) -> Result<UploadId>;
+
+    /// Sends a part. The same number sent again replaces it.
+    async fn part(&self, locator: &Bytes, upload: &UploadId, number: u32, body: Body) -> Result<Part>;
+
+    /// Makes a part of the bytes `range` of `version` of the object at `source`.
+    async fn part_copy(
+        &self,
+        locator: &Bytes,
+        upload: &UploadId,
+        number: u32,
+        source: (&Bytes, &Bytes),
+        range: Range<u64>,
+    ) -> Result<Part>;
+
+    /// Makes the object of its parts. The new node.
+    async fn complete(&self, locator: &Bytes, upload: &UploadId, parts: &[Part], condition: &Condition)
+    -> Result<Node>;
+
+    /// Throws an upload away; one that is gone already is no error.
+    async fn abort(&self, locator: &Bytes, upload: &UploadId) -> Result<()>;
+
+    /// Uploads begun below the mounted prefix and never ended, for the sweep.
+    async fn open_uploads(&self) -> Result<Vec<OpenUpload>>;
+
+    /// Appends at `position`, which must be the object's size ([`efc_common::Kind::Conflict`] else); 0 makes an appendable object.
+    async fn append(&self, locator: &Bytes, position: u64, body: Body, metadata: &Metadata) -> Result<Node>;
+
+    /// Copies an object inside the store, by parts where it is too large for one request; metadata is kept unless given.
+    async fn copy(
+        &self,
+        source: (&Bytes, &Bytes),
+        target: &Bytes,
+        metadata: Option<&Metadata>,
+        condition: &Condition,
+    ) -> Result<Node>;
+
+    /// Deletes objects, a thousand at a request; missing ones are no error. The failures by index.
+    async fn delete(&self, locators: &[Bytes]) -> Result<Vec<(usize, efc_common::Error)>>;
+
+    /// An object's node and metadata (HEAD); of a directory its marker's.
+    async fn head(&self, locator: &Bytes) -> Result<(Node, Metadata)>;
+
+    /// One page of all keys below a directory, at any depth, in the store's order: for directory rename and removal.
+    async fn keys_below(&self, dir: &Bytes, from: Option<Bytes>) -> Result<crate::ListPage>;
+}
+
+/// An object store shared by many callers.
+pub type DynObjects = Arc<dyn Objects>;

@@ -1,0 +1,161 @@
+//! Changing a NAS tree: what `nfs` and `file` sources can do beyond reading. Object stores have no tree; see [`crate::objects`].
+//!
+//! Callers hold a lease on what they change (decision 0007), so a directory changes under nobody's feet but that of writers outside EFC.
+//! Every call ends within the source's `deadline` option. Errors are final unless their verdict says [`efc_common::Retry::Later`].
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use efc_common::Result;
+use efc_common::node::{Node, Time};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Something to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewNode {
+    /// Type, with what the type needs.
+    pub what: New,
+    /// Permission and set-id bits (0o7777), the umask already applied. Not used for symbolic links.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group; a directory with the set-group-id bit gives its own instead, and the bit to directories made in it.
+    pub gid: u32,
+}
+
+/// Type of something to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum New {
+    /// An empty regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link to these bytes.
+    Symlink(Bytes),
+    /// A FIFO.
+    Fifo,
+    /// A socket's name.
+    Socket,
+    /// A character device of this number (Linux `dev_t` encoding).
+    CharDevice(u32),
+    /// A block device of this number.
+    BlockDevice(u32),
+}
+
+/// A time to set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SetTime {
+    /// This time.
+    At(Time),
+    /// The origin's "now".
+    Now,
+}
+
+/// Attributes to change; `None` leaves one alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Change {
+    /// Permission and set-id bits (0o7777).
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// New length, bytes: cut, or extended by a hole.
+    pub size: Option<u64>,
+    /// Access time.
+    pub atime: Option<SetTime>,
+    /// Modification time.
+    pub mtime: Option<SetTime>,
+}
+
+/// How `rename` treats an existing target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RenameMode {
+    /// Replaces it atomically, as POSIX says.
+    #[default]
+    Replace,
+    /// Fails with [`efc_common::Kind::AlreadyExists`]. Where the origin cannot do it atomically (NFSv3), the caller's lease makes it so among EFC clients.
+    NoReplace,
+    /// Swaps the two; [`efc_common::Kind::Unsupported`] where the origin cannot.
+    Exchange,
+}
+
+/// How `fallocate` changes a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Allocate {
+    /// Reserves space; the size grows to the end of the range unless `keep_size`.
+    Reserve {
+        /// Leaves the size alone.
+        keep_size: bool,
+    },
+    /// Frees the range, which then reads as zeros. The size stays.
+    PunchHole,
+    /// The range reads as zeros; the size grows to its end unless `keep_size`.
+    Zero {
+        /// Leaves the size alone.
+        keep_size: bool,
+    },
+}
+
+/// An origin that is a POSIX tree. Locators are those of [`crate::Backend`].
+#[async_trait]
+pub trait Tree: Send + Sync + 'static {
+    /// Makes `name` in `dir`; [`efc_common::Kind::AlreadyExists`] if it is there.
+    async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node>;
+
+    /// Makes `name` in `dir` another name of `file`, whose fresh attributes are returned (the locator is that of the new name).
+    async fn link(&self, file: &Bytes, dir: &Bytes, name: &[u8]) -> Result<Node>;
+
+    /// Removes a name; `directory` says which kind it must be (else `IsADirectory` / `NotADirectory`).
+    async fn remove(&self, dir: &Bytes, name: &[u8], directory: bool) -> Result<()>;
+
+    /// Renames. The moved object's fresh node, with its locator under the new name.
+    async fn rename(&self, from: (&Bytes, &[u8]), to: (&Bytes, &[u8]), mode: RenameMode) -> Result<Node>;
+
+    /// Changes attributes and returns the fresh ones. All or, where the origin needs several steps, in the order size, owner, mode, times.
+    async fn set_attr(&self, locator: &Bytes, change: &Change) -> Result<Node>;
+
+    /// Sets an extended attribute; `flags` are those of `setxattr(2)`. [`efc_common::Kind::Unsupported`] where there are none.
+    async fn set_xattr(&self, locator: &Bytes, name: &[u8], value: &[u8], flags: i32) -> Result<()>;
+
+    /// Removes an extended attribute.
+    async fn remove_xattr(&self, locator: &Bytes, name: &[u8]) -> Result<()>;
+
+    /// Opens a regular file for reading and, if `write`, for writing. It stays usable when its name is removed or renamed.
+    async fn open(&self, locator: &Bytes, write: bool) -> Result<Arc<dyn OpenFile>>;
+}
+
+/// A tree shared by many callers.
+pub type DynTree = Arc<dyn Tree>;
+
+/// An open file of a [`Tree`]. Calls may run at once. Nodes returned carry the locator it was opened by.
+#[async_trait]
+pub trait OpenFile: Send + Sync + 'static {
+    /// The bytes `range` as they are now, cut at the end of the file.
+    async fn read(&self, range: Range<u64>) -> Result<Bytes>;
+
+    /// Writes all of `data` at `offset`; others see it when this returns, a crash of the origin may lose it until [`OpenFile::sync`]. Fresh attributes.
+    async fn write(&self, offset: u64, data: Bytes) -> Result<Node>;
+
+    /// Makes everything written durable; an error of any earlier write that the origin lost is told here. Fresh attributes.
+    async fn sync(&self, data_only: bool) -> Result<Node>;
+
+    /// Fresh attributes, also of a file without a name (then `nlink` is 0).
+    async fn attr(&self) -> Result<Node>;
+
+    /// As [`Tree::set_attr`], on the open file.
+    async fn set_attr(&self, change: &Change) -> Result<Node>;
+
+    /// `fallocate(2)`; [`efc_common::Kind::Unsupported`] where the origin cannot.
+    async fn allocate(&self, range: Range<u64>, how: Allocate) -> Result<Node>;
+
+    /// Copies `from` (bytes of `source`, which must be of the same tree) to `offset` inside the origin. Bytes copied and fresh attributes;
+    /// [`efc_common::Kind::Unsupported`] where the origin cannot: the caller then reads and writes.
+    async fn copy(&self, source: &dyn OpenFile, from: Range<u64>, offset: u64) -> Result<(u64, Node)>;
+
+    /// The next data (`hole` false) or hole at or after `offset`; [`efc_common::Kind::Unsupported`] where the origin does not tell, [`efc_common::Kind::NotFound`] beyond the last.
+    async fn seek(&self, offset: u64, hole: bool) -> Result<u64>;
+
+    /// For [`OpenFile::copy`]: lets an implementation know its own.
+    fn as_any(&self) -> &dyn std::any::Any;
+}
