@@ -100,6 +100,17 @@ pub enum Allocate {
 /// An origin that is a POSIX tree. Locators are those of [`crate::Backend`].
 #[async_trait]
 pub trait Tree: Send + Sync + 'static {
+    /// Does an [`OpenFile`] go on working when the last name of its file is removed? If not, the caller renames a file that is open instead of removing it.
+    fn keeps_removed(&self) -> bool {
+        false
+    }
+
+    /// The locator of `name` in `dir` where locators are paths, `None` where they are not: a file with several names is then still found when the one it was found by is removed.
+    fn child(&self, dir: &Bytes, name: &[u8]) -> Option<Bytes> {
+        let _ = (dir, name);
+        None
+    }
+
     /// Makes `name` in `dir`; [`efc_common::Kind::AlreadyExists`] if it is there.
     async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node>;
 

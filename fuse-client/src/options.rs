@@ -26,7 +26,8 @@ const fn o(name: &'static str, value: &'static str, help: &'static str) -> Mount
 
 /// Every mount option that is not a source option (those stand in [`source::OPTIONS`]).
 pub const OPTIONS: &[MountOption] = &[
-    o("ro", "", "read-only (the only mode so far; writing is answered EROFS)"),
+    o("ro", "", "read-only (default): nothing is ever changed at the source, writing is answered EROFS"),
+    o("rw", "", "read-write: changes go through to the source"),
     o(
         "consistency",
         "ttl=SECONDS|immutable",
@@ -59,6 +60,8 @@ pub const OPTIONS: &[MountOption] = &[
 pub struct MountOptions {
     /// Consistency level, if given; a dataset may have one, else it is [`Consistency::default`].
     pub consistency: Option<Consistency>,
+    /// Changes are permitted.
+    pub read_write: bool,
     /// Other users may enter.
     pub allow_other: bool,
     /// The kernel checks modes.
@@ -125,6 +128,7 @@ impl MountOptions {
         let tenth = memory_limit_bytes() / 10;
         let mut m = MountOptions {
             consistency: None,
+            read_write: false,
             allow_other: who.0 == 0,
             default_permissions: true,
             ownership: Ownership {
@@ -163,9 +167,8 @@ impl MountOptions {
             self.source.insert(name.into(), value);
             return Ok(());
         }
-        // Generic mount(8) words that a read-only FUSE mount fulfils anyway.
+        // Generic mount(8) words that a FUSE mount of ours fulfils anyway.
         if [
-            "rw",
             "noatime",
             "nodiratime",
             "relatime",
@@ -180,10 +183,7 @@ impl MountOptions {
         ]
         .contains(&name)
         {
-            return match name {
-                "rw" => Err(invalid(name, "is not offered yet: EFC mounts are read-only; write ro")),
-                _ => Ok(()),
-            };
+            return Ok(());
         }
         let Some(known) = OPTIONS.iter().find(|o| o.name == name) else {
             return Err(Error::new(
@@ -202,6 +202,8 @@ impl MountOptions {
 
     fn set_flag(&mut self, name: &str) {
         match name {
+            "ro" => self.read_write = false,
+            "rw" => self.read_write = true,
             "allow_other" => self.allow_other = true,
             "default_permissions" => self.default_permissions = true,
             "no_default_permissions" => self.default_permissions = false,
@@ -333,7 +335,6 @@ mod tests {
             ("uid", "uid"),
             ("uid=x", "uid"),
             ("ro=1", "ro"),
-            ("rw", "rw"),
             ("umask=999", "umask"),
             ("memory=1MiB", "memory"),
             ("consistency=strict", "consistency"),
@@ -346,6 +347,12 @@ mod tests {
             let e = parse(text).expect_err(text);
             assert!(e.is(Kind::Invalid) && e.message().contains(names), "{text}: {e}");
         }
+    }
+
+    #[test]
+    fn the_last_of_ro_and_rw_counts() {
+        let read_write = |text| parse(text).expect(text).read_write;
+        assert_eq!((read_write("uid=1"), read_write("rw"), read_write("rw,ro")), (false, true, false));
     }
 
     #[test]

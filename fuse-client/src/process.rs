@@ -8,12 +8,14 @@ use crate::fs::directory::Directories;
 use crate::fs::{EfcFs, Parts};
 use crate::kernel::handover::{self, HandoverLimits, HandoverServer};
 use crate::kernel::{Ended, Mount, MountConfig, Session, SessionConfig, adopt, serve};
-use crate::namespace::Namespace;
+use crate::namespace::{Namespace, Nodes};
 use crate::options::MountOptions;
 use crate::read::source::DataSource;
 use crate::read::{ReadConfig, Reader};
 use crate::tell::Teller;
+use efc_backend::connect::connect_counted;
 use efc_backend::object::keys_to_send;
+use efc_backend::tree::DynTree;
 use efc_client::master::MasterClient;
 use efc_common::error::Context as _;
 use efc_common::limit::ByteBudget;
@@ -149,8 +151,11 @@ struct Process {
 impl Process {
     async fn start(args: &MountArgs, options: MountOptions, exposition: metrics::PrometheusHandle) -> Result<Process> {
         let source = resolve(args, &options).await?;
-        let backend = efc_backend::connect(&source.mounted.spec, source.mounted.keys.as_ref()).await?;
+        let origin = connect_counted(&source.mounted.spec, source.mounted.keys.as_ref()).await?;
+        let backend = origin.backend;
         let root = backend.root().await?;
+        let tree = if options.read_write { Some(writable(origin.tree, &source)?) } else { None };
+        let nodes = if options.read_write { Nodes::Follow } else { Nodes::Versions };
         let tasks = TaskGroup::new();
         let cluster = ClusterLink::start(&options, &source.mounted, &args.mountpoint, &args.log_level, &tasks).await?;
         let data = Arc::new(DataSource::new(backend, Some(cluster.peers.clone()), options.workers_only));
@@ -161,8 +166,8 @@ impl Process {
             None
         };
         let namespace = Arc::new(match &taken {
-            Some(t) => Namespace::restore(&t.state)?,
-            None => Namespace::new(root),
+            Some(t) => Namespace::restore(&t.state, nodes)?,
+            None => Namespace::new(root, nodes),
         });
         let listing_bytes = options.memory_bytes / LISTING_SHARE;
         let budget = ByteBudget::new(options.memory_bytes - listing_bytes);
@@ -174,13 +179,15 @@ impl Process {
                 source: data.clone(),
                 directories: Directories::new(data.clone(), listing_bytes, ttl),
                 reader: Reader::new(data.clone(), budget.clone(), tasks.clone(), read),
+                tree,
                 ownership: options.ownership.clone(),
                 ttl,
                 tasks: tasks.clone(),
             },
             tokio::runtime::Handle::current(),
         ));
-        let config = SessionConfig { threads: options.threads, ..SessionConfig::default() };
+        let no_open = !options.read_write;
+        let config = SessionConfig { threads: options.threads, no_open, ..SessionConfig::default() };
         let (session, mount) = match taken {
             Some(t) => {
                 let mount = Mount::existing(&args.mountpoint)?;
@@ -275,12 +282,20 @@ fn mount_config(args: &MountArgs, options: &MountOptions, source: &Resolved) -> 
     MountConfig {
         mountpoint: args.mountpoint.clone(),
         source: source.shown.clone(),
-        read_only: true,
+        read_only: !options.read_write,
         allow_other: options.allow_other,
         default_permissions: options.default_permissions,
         max_read_bytes: None,
         raise_max_pages_limit: None,
     }
+}
+
+/// The tree that a read-write mount changes.
+fn writable(tree: Option<DynTree>, source: &Resolved) -> Result<DynTree> {
+    tree.ok_or_else(|| {
+        let kind = source.mounted.spec.kind.scheme();
+        Error::new(Kind::Unsupported, format!("{kind}:// sources cannot be written to yet; mount with -o ro"))
+    })
 }
 
 fn handover_path(mountpoint: &Path) -> PathBuf {

@@ -121,7 +121,9 @@ impl Handler for Teller {
             let answer = match request {
                 Request::Warm { paths } => {
                     let root = self.namespace.root();
-                    let node = Node { locator: root.locator.clone(), version: root.version.clone(), attr: root.attr() };
+                    let now = root.now();
+                    let node =
+                        Node { locator: now.locator.clone(), version: now.version.clone(), attr: now.attr.clone() };
                     return warm::warm(self.data.clone(), node, self.ttl, paths, out).await;
                 }
                 Request::Status => json!({

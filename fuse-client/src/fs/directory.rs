@@ -1,14 +1,14 @@
 //! Names in directories: from a fresh snapshot if there is one, else from the workers' shared listings (object stores) or the origin
 //! (NAS, `file`).
 
-use crate::namespace::Inode;
 use crate::namespace::listing::Listing;
+use crate::namespace::{Inode, Seen};
 use crate::read::source::DataSource;
 use efc_common::node::Node;
 use efc_common::{Kind, Result};
 use moka::sync::Cache;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// After a file turned out stale its directory is listed anew, but not more often than this.
 const RELIST_PAUSE: Duration = Duration::from_secs(1);
@@ -17,8 +17,8 @@ const RELIST_PAUSE: Duration = Duration::from_secs(1);
 pub struct Found {
     /// The node, `None`: there is no such name.
     pub node: Option<Node>,
-    /// Remaining freshness.
-    pub ttl: Duration,
+    /// What the answer is worth.
+    pub seen: Seen,
 }
 
 /// Listings of the directories in use.
@@ -38,13 +38,16 @@ impl Directories {
 
     /// A snapshot that may still be believed.
     pub fn cached(&self, dir: &Inode) -> Option<Arc<Listing>> {
-        self.cache.get(&dir.id).filter(|l| !l.freshness().is_zero())
+        let believed = |l: &Arc<Listing>| {
+            !l.freshness().is_zero() && dir.dir.as_ref().is_some_and(|d| d.is_newer_than_changes(l.seen().asked))
+        };
+        self.cache.get(&dir.id).filter(believed)
     }
 
     /// The answer for a name if a fresh snapshot has it.
     pub fn find_cached(&self, dir: &Inode, name: &[u8]) -> Option<Found> {
         let listing = self.cached(dir)?;
-        Some(Found { node: listing.find(name).map(|e| e.node.clone()), ttl: listing.freshness() })
+        Some(Found { node: listing.find(name).map(|e| e.node.clone()), seen: listing.seen() })
     }
 
     /// A fresh snapshot, fetched by one task however many ask.
@@ -64,7 +67,7 @@ impl Directories {
         }
         let known = self.cache.get(&dir.id);
         let max_age = state.max_age(self.ttl);
-        let listing = Arc::new(self.source.list(&dir.locator, self.ttl, max_age, known.as_deref()).await?);
+        let listing = Arc::new(self.source.list(&dir.locator(), self.ttl, max_age, known.as_deref()).await?);
         self.cache.insert(dir.id, listing.clone());
         Ok(listing)
     }
@@ -79,16 +82,25 @@ impl Directories {
         }
         if self.source.shared_listing() {
             match self.list(dir).await {
-                Ok(l) => return Ok(Found { node: l.find(name).map(|e| e.node.clone()), ttl: l.freshness() }),
+                Ok(l) => return Ok(Found { node: l.find(name).map(|e| e.node.clone()), seen: l.seen() }),
                 // Too large to hold: ask for the one name.
                 Err(e) if e.is(Kind::Exhausted) => {}
                 Err(e) => return Err(e),
             }
         }
-        match self.source.lookup(&dir.locator, name).await {
-            Ok(node) => Ok(Found { node: Some(node), ttl: self.ttl }),
-            Err(e) if e.is(Kind::NotFound) => Ok(Found { node: None, ttl: self.ttl }),
+        let seen = Seen::at(Instant::now(), self.ttl);
+        match self.source.lookup(&dir.locator(), name).await {
+            Ok(node) => Ok(Found { node: Some(node), seen }),
+            Err(e) if e.is(Kind::NotFound) => Ok(Found { node: None, seen }),
             Err(e) => Err(e),
+        }
+    }
+
+    /// We changed names of `dir`: listings made before this moment are wrong.
+    pub fn changed(&self, dir: &Inode) {
+        if let Some(state) = &dir.dir {
+            state.changed();
+            self.cache.invalidate(&dir.id);
         }
     }
 

@@ -1,32 +1,36 @@
 //! One function per FUSE operation: policy only. Answers that need no waiting are given on the kernel's thread; the others by a task that
 //! keeps the reply.
 //!
-//! Read-only: what would write keeps the kernel room's default answer, EROFS.
+//! A read-only mount has no tree to change ([`Parts::tree`]): what would write is answered EROFS, and files need not be opened. Here are the operations that look; [`io`] has those on open files,
+//! [`change`] those that change names and attributes.
 
 pub mod attr;
+pub mod change;
 pub mod directory;
 pub mod errno;
+mod io;
+pub mod open;
+mod requests;
 
-use crate::kernel::{
-    AttrOut, Caller, DirReply, EntryOut, Errno, FileSystem, LseekOut, Negotiated, NodeAttr, Notification, OpenOut,
-    ReadReply, Reply, Session, StatfsOut, XattrReply,
-};
+use crate::kernel::{Answer, AttrOut, DirReply, EntryOut, Errno, NodeAttr, Notification, OpenOut, Reply, Session};
 use crate::namespace::listing::Listing;
-use crate::namespace::{Inode, Namespace};
+use crate::namespace::{Inode, Namespace, Seen};
 use crate::read::Reader;
 use crate::read::source::DataSource;
 use attr::Ownership;
 use bytes::Bytes;
+use change::PARKED_PREFIX;
 use directory::{Directories, Found};
-use efc_backend::FsStats;
+use efc_backend::tree::DynTree;
 use efc_common::node::{Attr, FileKind, Node};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
+use open::OpenFiles;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 /// A file's attributes never change under its node, so the kernel may keep them as long as it likes.
@@ -46,6 +50,8 @@ pub struct Parts {
     pub directories: Directories,
     /// Reads.
     pub reader: Reader,
+    /// What changes names and files; `None`: a read-only mount.
+    pub tree: Option<DynTree>,
     /// Owner and mode options.
     pub ownership: Ownership,
     /// How long names may be believed.
@@ -65,6 +71,7 @@ struct Shared {
     /// Weak: the session owns the file system.
     session: OnceLock<Weak<Session>>,
     open_dirs: Mutex<HashMap<u64, Arc<Listing>>>,
+    files: OpenFiles,
     next_handle: AtomicU64,
 }
 
@@ -76,6 +83,7 @@ impl EfcFs {
             runtime,
             session: OnceLock::new(),
             open_dirs: Mutex::default(),
+            files: OpenFiles::default(),
             // Handles of a predecessor's open directories are not ours; starting elsewhere keeps them apart.
             next_handle: AtomicU64::new((std::process::id() as u64) << 32 | 1),
         };
@@ -100,6 +108,51 @@ impl EfcFs {
     {
         let _entered = self.shared.runtime.enter();
         self.shared.parts.tasks.spawn(make(self.shared.clone()));
+    }
+
+    /// Answers what concerns one node in a task of the mount.
+    fn answer<T, F>(
+        &self,
+        operation: &'static str,
+        node: u64,
+        reply: Reply<T>,
+        work: impl FnOnce(Arc<Shared>, Arc<Inode>) -> F + Send + 'static,
+    ) where
+        T: Answer + Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let inode = match self.inode(node) {
+            Ok(i) => i,
+            Err(e) => return reply.error(errno_of(&e)),
+        };
+        self.spawn(|s| async move {
+            let outcome = work(s, inode.clone()).await;
+            reply.end(outcome.map_err(|e| {
+                log(operation, &inode, &e);
+                errno_of(&e)
+            }));
+        });
+    }
+
+    /// As [`EfcFs::answer`], for what changes something.
+    fn change<T, F>(
+        &self,
+        operation: &'static str,
+        node: u64,
+        reply: Reply<T>,
+        work: impl FnOnce(Arc<Shared>, Arc<Inode>) -> F + Send + 'static,
+    ) where
+        T: Answer + Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        if self.shared.parts.tree.is_none() {
+            return reply.error(Errno::EROFS);
+        }
+        self.answer(operation, node, reply, work);
+    }
+
+    fn read_only(&self) -> bool {
+        self.shared.parts.tree.is_none()
     }
 }
 
@@ -139,33 +192,50 @@ impl Shared {
         }
     }
 
-    fn attr_ttl(&self, kind: FileKind, left: Duration) -> Duration {
-        if kind == FileKind::Directory { left } else { FILE_ATTR_TTL }
+    /// Interns an entry that is being sent to the kernel.
+    fn entry(&self, dir: &Arc<Inode>, name: &Bytes, node: &Node, seen: Seen) -> (Arc<Inode>, EntryOut) {
+        let (inode, moved) = self.parts.namespace.intern(dir, name, node, seen);
+        if moved {
+            self.pages_are_old(&inode);
+        }
+        let entry_ttl = left(seen.fresh_until);
+        let (attr, attr_ttl) = self.attr_and_ttl(&inode, entry_ttl);
+        let entry = EntryOut { node: inode.id, generation: 0, attr, entry_ttl, attr_ttl };
+        (inode, entry)
     }
 
-    /// Interns an entry that is being sent to the kernel.
-    fn entry(&self, dir: &Arc<Inode>, name: &Bytes, node: &Node, ttl: Duration) -> EntryOut {
-        let inode = self.parts.namespace.intern(dir, name, node);
-        EntryOut {
-            node: inode.id,
-            generation: 0,
-            attr: self.node_attr(inode.id, &node.attr),
-            entry_ttl: ttl,
-            attr_ttl: self.attr_ttl(node.attr.kind, ttl),
-        }
+    /// Attributes for the kernel and how long it may believe them; `dir_ttl` is what a directory of a read-only mount gets.
+    fn attr_and_ttl(&self, inode: &Inode, dir_ttl: Duration) -> (NodeAttr, Duration) {
+        let now = inode.now();
+        let ttl = match (self.parts.namespace.follows(), inode.kind) {
+            (true, _) => left(now.fresh_until),
+            (false, FileKind::Directory) => dir_ttl,
+            (false, _) => FILE_ATTR_TTL,
+        };
+        (self.node_attr(inode.id, &now.attr), ttl)
     }
 
     fn found(&self, dir: &Arc<Inode>, name: &Bytes, found: Found) -> EntryOut {
         match found.node {
-            Some(node) => self.entry(dir, name, &node, found.ttl),
-            None => EntryOut { entry_ttl: found.ttl, ..EntryOut::default() },
+            Some(node) => self.entry(dir, name, &node, found.seen).1,
+            None => EntryOut { entry_ttl: left(found.seen.fresh_until), ..EntryOut::default() },
         }
     }
 
-    async fn getattr(&self, inode: &Arc<Inode>) -> Result<AttrOut> {
+    /// Can GETATTR be answered without asking the origin?
+    fn attr_is_known(&self, inode: &Inode) -> bool {
+        if self.parts.namespace.follows() {
+            return inode.now().fresh_until > Instant::now();
+        }
         // Prefixes of an object store have no attributes of their own; a NAS directory has.
-        if inode.kind == FileKind::Directory && !self.parts.source.shared_listing() {
-            let fresh = self.parts.source.getattr(&inode.locator).await?;
+        inode.kind != FileKind::Directory || self.parts.source.shared_listing()
+    }
+
+    async fn getattr(&self, inode: &Arc<Inode>) -> Result<AttrOut> {
+        if self.parts.namespace.follows() {
+            self.refresh(inode).await?;
+        } else {
+            let fresh = self.parts.source.getattr(&inode.locator()).await?;
             if fresh.attr.kind == FileKind::Directory {
                 inode.set_attr(fresh.attr);
             }
@@ -174,7 +244,17 @@ impl Shared {
     }
 
     fn attr_out(&self, inode: &Inode) -> AttrOut {
-        AttrOut { attr: self.node_attr(inode.id, &inode.attr()), ttl: self.attr_ttl(inode.kind, self.parts.ttl) }
+        let (attr, ttl) = self.attr_and_ttl(inode, self.parts.ttl);
+        AttrOut { attr, ttl }
+    }
+
+    /// Tells the kernel without waiting.
+    fn tell(&self, what: Notification) {
+        if let Some(session) = self.session.get().and_then(Weak::upgrade)
+            && let Err(e) = session.notifier().try_tell(what)
+        {
+            warn!(error = %e, "the kernel keeps something old until its time is over");
+        }
     }
 
     fn open_dir(&self, listing: Arc<Listing>) -> OpenOut {
@@ -184,8 +264,8 @@ impl Shared {
     }
 
     fn fill(&self, dir: &Arc<Inode>, listing: &Listing, offset: u64, mut reply: DirReply) {
-        let parent = dir.parent.as_ref().map_or(dir.id, |p| p.id);
-        let ttl = listing.freshness();
+        let parent = dir.dentry().map_or(dir.id, |d| d.parent.id);
+        let seen = listing.seen();
         // `.` and `..` give a number and a type only: node 0 tells the kernel that they are no look-ups.
         let dot = |ino| EntryOut {
             attr: NodeAttr { ino, mode: libc::S_IFDIR, ..NodeAttr::default() },
@@ -199,12 +279,15 @@ impl Shared {
         }
         let first = offset.saturating_sub(DOTS) as usize;
         for (i, e) in listing.entries().iter().enumerate().skip(first) {
+            if e.name.starts_with(PARKED_PREFIX) {
+                continue;
+            }
             // A look-up is counted only for what really goes out.
             if !reply.fits(&e.name) {
                 break;
             }
             let entry = if reply.plus() {
-                self.entry(dir, &e.name, &e.node, ttl)
+                self.entry(dir, &e.name, &e.node, seen).1
             } else {
                 // Without attributes the number is a hint; the look-up that follows gives the node.
                 EntryOut {
@@ -222,246 +305,14 @@ impl Shared {
         if !inode.mark_stale() {
             return;
         }
-        if let Some(parent) = &inode.parent {
-            self.parts.directories.distrust(parent);
-            if let Some(session) = self.session.get().and_then(Weak::upgrade) {
-                let gone = Notification::InvalidateEntry { parent: parent.id, name: inode.name.clone() };
-                if let Err(e) = session.notifier().try_tell(gone) {
-                    warn!(path = inode.path(), error = %e, "the kernel keeps an old name until its time is over");
-                }
-            }
+        if let Some(d) = inode.dentry() {
+            self.parts.directories.distrust(&d.parent);
+            self.tell(Notification::InvalidateEntry { parent: d.parent.id, name: d.name });
         }
     }
 }
 
-impl FileSystem for EfcFs {
-    fn init(&self, negotiated: &Negotiated) {
-        info!(abi = ?negotiated.abi, adopted = negotiated.adopted, max_readahead = negotiated.max_readahead, "kernel session is up");
-    }
-
-    fn lookup(&self, _ctx: &Caller, parent: u64, name: &[u8], reply: Reply<EntryOut>) {
-        let dir = match self.inode(parent) {
-            Ok(d) if d.dir.is_some() => d,
-            Ok(_) => return reply.error(Errno::ENOTDIR),
-            Err(e) => return reply.error(errno_of(&e)),
-        };
-        if let Some(found) = self.shared.parts.directories.find_cached(&dir, name) {
-            let name = Bytes::copy_from_slice(name);
-            return reply.ok(self.shared.found(&dir, &name, found));
-        }
-        let name = Bytes::copy_from_slice(name);
-        self.spawn(|s| async move {
-            match s.parts.directories.find(&dir, &name).await {
-                Ok(found) => reply.ok(s.found(&dir, &name, found)),
-                Err(e) => {
-                    log("lookup", &dir, &e);
-                    reply.error(errno_of(&e));
-                }
-            }
-        });
-    }
-
-    fn forget(&self, node: u64, count: u64) {
-        self.shared.parts.namespace.forget(node, count);
-    }
-
-    fn getattr(&self, _ctx: &Caller, node: u64, reply: Reply<AttrOut>) {
-        let inode = match self.inode(node) {
-            Ok(i) => i,
-            Err(e) => return reply.error(errno_of(&e)),
-        };
-        if inode.kind != FileKind::Directory || self.shared.parts.source.shared_listing() {
-            return reply.ok(self.shared.attr_out(&inode));
-        }
-        self.spawn(|s| async move {
-            match s.getattr(&inode).await {
-                Ok(out) => reply.ok(out),
-                Err(e) => {
-                    log("getattr", &inode, &e);
-                    reply.error(errno_of(&e));
-                }
-            }
-        });
-    }
-
-    fn readlink(&self, _ctx: &Caller, node: u64, reply: Reply<Bytes>) {
-        let inode = match self.inode(node) {
-            Ok(i) if i.kind == FileKind::Symlink => i,
-            Ok(_) => return reply.error(Errno::EINVAL),
-            Err(e) => return reply.error(errno_of(&e)),
-        };
-        self.spawn(|s| async move {
-            match s.parts.source.readlink(&inode.locator).await {
-                Ok(target) => reply.ok(target),
-                Err(e) => {
-                    log("readlink", &inode, &e);
-                    reply.error(errno_of(&e));
-                }
-            }
-        });
-    }
-
-    fn open(&self, _ctx: &Caller, _node: u64, _flags: i32, reply: Reply<OpenOut>) {
-        // Read-only: the kernel never asks again, and keeps the pages of a file between opens.
-        reply.error(Errno::ENOSYS);
-    }
-
-    fn read(&self, _ctx: &Caller, node: u64, _fh: u64, offset: u64, size: u32, _flags: i32, reply: ReadReply) {
-        let inode = match self.inode(node) {
-            Ok(i) if i.kind == FileKind::File => i,
-            Ok(i) if i.kind == FileKind::Directory => return reply.error(Errno::EISDIR),
-            Ok(_) => return reply.error(Errno::ENXIO),
-            Err(e) => return reply.error(errno_of(&e)),
-        };
-        let end = (offset + size as u64).min(inode.size());
-        if offset >= end {
-            return reply.bytes(&[]);
-        }
-        let (ready, plan) = self.shared.parts.reader.try_read(&inode, offset..end);
-        if let Some(pieces) = ready {
-            return reply.slices(&pieces);
-        }
-        self.spawn(|s| async move {
-            match s.parts.reader.read(&inode, offset..end, plan).await {
-                Ok(pieces) => reply.slices(&pieces),
-                Err(e) => {
-                    log("read", &inode, &e);
-                    if e.is(Kind::Stale) {
-                        s.gone_stale(&inode);
-                    }
-                    reply.error(errno_of(&e));
-                }
-            }
-        });
-    }
-
-    fn opendir(&self, _ctx: &Caller, node: u64, _flags: i32, reply: Reply<OpenOut>) {
-        let dir = match self.inode(node) {
-            Ok(i) => i,
-            Err(e) => return reply.error(errno_of(&e)),
-        };
-        if let Some(listing) = self.shared.parts.directories.cached(&dir) {
-            return reply.ok(self.shared.open_dir(listing));
-        }
-        self.spawn(|s| async move {
-            match s.parts.directories.list(&dir).await {
-                Ok(listing) => reply.ok(s.open_dir(listing)),
-                Err(e) => {
-                    log("opendir", &dir, &e);
-                    reply.error(errno_of(&e));
-                }
-            }
-        });
-    }
-
-    fn readdir(&self, _ctx: &Caller, node: u64, fh: u64, offset: u64, reply: DirReply) {
-        let dir = match self.inode(node) {
-            Ok(i) => i,
-            Err(e) => return reply.error(errno_of(&e)),
-        };
-        let listing = self.shared.open_dirs.lock().get(&fh).cloned();
-        if let Some(listing) = listing {
-            return self.shared.fill(&dir, &listing, offset, reply);
-        }
-        // A directory that a predecessor process opened: its snapshot is gone, today's takes its place.
-        self.spawn(|s| async move {
-            match s.parts.directories.list(&dir).await {
-                Ok(listing) => {
-                    s.open_dirs.lock().insert(fh, listing.clone());
-                    s.fill(&dir, &listing, offset, reply);
-                }
-                Err(e) => {
-                    log("readdir", &dir, &e);
-                    reply.error(errno_of(&e));
-                }
-            }
-        });
-    }
-
-    fn releasedir(&self, _ctx: &Caller, _node: u64, fh: u64, reply: Reply<()>) {
-        self.shared.open_dirs.lock().remove(&fh);
-        reply.ok(());
-    }
-
-    fn statfs(&self, _ctx: &Caller, _node: u64, reply: Reply<StatfsOut>) {
-        self.spawn(|s| async move {
-            match s.parts.source.statfs().await {
-                Ok(f) => reply.ok(statfs_out(&f)),
-                Err(e) => {
-                    log("statfs", &s.parts.namespace.root(), &e);
-                    reply.error(errno_of(&e));
-                }
-            }
-        });
-    }
-
-    fn getxattr(&self, _ctx: &Caller, node: u64, name: &[u8], reply: XattrReply) {
-        let name = Bytes::copy_from_slice(name);
-        self.with_xattrs(node, reply, move |all| {
-            let value = all.into_iter().find(|(n, _)| *n == name).map(|(_, v)| v);
-            value.ok_or_else(|| Error::new(Kind::NoData, "no such attribute"))
-        });
-    }
-
-    fn listxattr(&self, _ctx: &Caller, node: u64, reply: XattrReply) {
-        self.with_xattrs(node, reply, |all| {
-            let names: Vec<u8> = all.iter().flat_map(|(n, _)| n.iter().copied().chain([0])).collect();
-            Ok(names.into())
-        });
-    }
-
-    fn lseek(&self, _ctx: &Caller, node: u64, _fh: u64, offset: i64, whence: i32, reply: Reply<LseekOut>) {
-        let size = match self.inode(node) {
-            Ok(i) => i.size(),
-            Err(e) => return reply.error(errno_of(&e)),
-        };
-        match (u64::try_from(offset), whence) {
-            (Ok(at), libc::SEEK_DATA) if at < size => reply.ok(LseekOut(at)),
-            (Ok(at), libc::SEEK_HOLE) if at < size => reply.ok(LseekOut(size)),
-            (_, libc::SEEK_DATA | libc::SEEK_HOLE) => reply.error(Errno::ENXIO),
-            _ => reply.error(Errno::EINVAL),
-        }
-    }
-}
-
-impl EfcFs {
-    fn with_xattrs(
-        &self,
-        node: u64,
-        reply: XattrReply,
-        pick: impl FnOnce(Vec<(Bytes, Bytes)>) -> Result<Bytes> + Send + 'static,
-    ) {
-        if !self.shared.parts.source.has_xattrs() {
-            // The kernel never asks again.
-            return reply.error(Errno::ENOSYS);
-        }
-        let inode = match self.inode(node) {
-            Ok(i) => i,
-            Err(e) => return reply.error(errno_of(&e)),
-        };
-        self.spawn(|s| async move {
-            match s.parts.source.xattrs(&inode.locator).await.and_then(pick) {
-                Ok(value) => reply.value(&value),
-                Err(e) => {
-                    log("xattr", &inode, &e);
-                    reply.error(errno_of(&e));
-                }
-            }
-        });
-    }
-}
-
-fn statfs_out(f: &FsStats) -> StatfsOut {
-    const UNIT: u64 = 4096;
-    StatfsOut {
-        blocks: f.total_bytes / UNIT,
-        blocks_free: f.free_bytes / UNIT,
-        blocks_available: f.available_bytes / UNIT,
-        files: f.total_files,
-        files_free: f.free_files,
-        block_size: IO_BYTES,
-        fragment_size: UNIT as u32,
-        // The longest name an object key can give.
-        name_max: 1024,
-    }
+/// How long until then.
+fn left(until: Instant) -> Duration {
+    until.saturating_duration_since(Instant::now())
 }

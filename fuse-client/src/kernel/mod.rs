@@ -26,7 +26,7 @@ pub use features::KernelFeatures;
 pub use init::{INIT_RECORD_FORMAT, InitRecord};
 pub use mount::{Mount, MountConfig, Unmounted, abort_connection, check, serve};
 pub use notify::{Notification, Notifier, Told};
-pub use reply::{DirReply, ReadReply, Reply, XattrReply};
+pub use reply::{Answer, DirReply, ReadReply, Reply, XattrReply};
 pub use session::{Drained, Ended, Session, SessionConfig};
 pub use types::*;
 

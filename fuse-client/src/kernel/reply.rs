@@ -89,18 +89,49 @@ impl<T> Reply<T> {
     }
 }
 
-macro_rules! fixed_replies {
+/// What a [`Reply`] can succeed with.
+pub trait Answer: sealed::Send + Sized {}
+
+mod sealed {
+    use super::Slot;
+
+    /// Only this room knows how an answer is written.
+    pub trait Send {
+        #[doc(hidden)]
+        #[allow(private_interfaces)]
+        fn send(self, slot: Slot);
+    }
+}
+
+impl<T: Answer> Reply<T> {
+    /// Succeeds.
+    pub fn ok(self, value: T) {
+        value.send(self.slot);
+    }
+
+    /// Succeeds or refuses.
+    pub fn end(self, outcome: Result<T, Errno>) {
+        match outcome {
+            Ok(value) => self.ok(value),
+            Err(errno) => self.error(errno),
+        }
+    }
+}
+
+macro_rules! fixed_answers {
     ($($type:ty => |$out:ident, $value:ident| $encode:expr;)+) => {$(
-        impl Reply<$type> {
-            /// Succeeds.
-            pub fn ok(self, $value: $type) {
-                self.slot.fixed(|$out| $encode);
+        impl Answer for $type {}
+        #[allow(private_interfaces)]
+        impl sealed::Send for $type {
+            fn send(self, slot: Slot) {
+                let $value = self;
+                slot.fixed(|$out| $encode);
             }
         }
     )+};
 }
 
-fixed_replies! {
+fixed_answers! {
     EntryOut => |out, v| encode::entry(out, &v);
     AttrOut => |out, v| encode::attr_out(out, &v);
     OpenOut => |out, v| encode::open(out, &v);
@@ -111,17 +142,19 @@ fixed_replies! {
     WriteOut => |out, v| encode::write(out, v);
 }
 
-impl Reply<()> {
-    /// Succeeds.
-    pub fn ok(mut self, _: ()) {
-        self.slot.send(None, &[]);
+impl Answer for () {}
+#[allow(private_interfaces)]
+impl sealed::Send for () {
+    fn send(self, mut slot: Slot) {
+        slot.send(None, &[]);
     }
 }
 
-impl Reply<Bytes> {
-    /// Succeeds with these bytes.
-    pub fn ok(self, value: Bytes) {
-        self.slot.bytes(&value);
+impl Answer for Bytes {}
+#[allow(private_interfaces)]
+impl sealed::Send for Bytes {
+    fn send(self, slot: Slot) {
+        slot.bytes(&self);
     }
 }
 

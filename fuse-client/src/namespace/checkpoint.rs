@@ -1,7 +1,7 @@
 //! The namespace as bytes, for a successor process: node ids must mean the same to it, because the kernel goes on using them.
 //! Layout: `proto/efc/state.proto`.
 
-use super::{Inode, Namespace, ROOT_ID};
+use super::{Dentry, Inode, Namespace, Nodes, ROOT_ID};
 use bytes::Bytes;
 use efc_common::{Error, Kind, Result};
 use efc_proto::{convert, state};
@@ -9,6 +9,7 @@ use prost::Message as _;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 const FORMAT: u32 = 1;
 
@@ -18,14 +19,17 @@ impl Namespace {
         let inodes = self
             .all()
             .iter()
-            .map(|i| state::Inode {
+            .map(|i| (i, i.dentry(), i.now()))
+            // What has no name any more is not found again.
+            .filter(|(i, d, _)| d.is_some() || i.id == ROOT_ID)
+            .map(|(i, d, now)| state::Inode {
                 id: i.id,
-                parent: i.parent.as_ref().map_or(0, |p| p.id),
-                name: i.name.clone(),
+                parent: d.as_ref().map_or(0, |d| d.parent.id),
+                name: d.map_or(Bytes::new(), |d| d.name),
                 node: Some(convert::node_to_wire(&efc_common::node::Node {
-                    locator: i.locator.clone(),
-                    version: i.version.clone(),
-                    attr: i.attr(),
+                    locator: now.locator.clone(),
+                    version: now.version.clone(),
+                    attr: now.attr.clone(),
                 })),
                 lookups: i.lookups.load(Ordering::Acquire),
                 stale: i.stale.load(Ordering::Acquire),
@@ -39,7 +43,7 @@ impl Namespace {
     ///
     /// # Errors
     /// [`Kind::Corrupt`] for bytes that are not a checkpoint of this format, for ids used twice and for children without their parent.
-    pub fn restore(saved: &[u8]) -> Result<Self> {
+    pub fn restore(saved: &[u8], nodes: Nodes) -> Result<Self> {
         let bad = |what: &'static str| Error::new(Kind::Corrupt, format!("checkpoint of the predecessor: {what}"));
         let c = state::Checkpoint::decode(saved).map_err(|e| bad("does not decode").caused_by(e))?;
         if c.format != FORMAT {
@@ -57,7 +61,8 @@ impl Namespace {
             if parent.as_ref().is_some_and(|p| p.dir.is_none()) || saved.id >= c.next_id || saved.id == 0 {
                 return Err(bad("impossible node"));
             }
-            let inode = Inode::new(saved.id, parent, saved.name.clone(), node, saved.lookups);
+            let dentry = parent.map(|parent| Dentry { parent, name: saved.name.clone() });
+            let inode = Inode::new(saved.id, dentry, node, Instant::now(), saved.lookups);
             inode.stale.store(saved.stale, Ordering::Release);
             if known.insert(saved.id, Arc::new(inode)).is_some() {
                 return Err(bad("node id used twice"));
@@ -66,7 +71,7 @@ impl Namespace {
             children.entry(saved.parent).or_default().insert(saved.name, saved.id);
         }
         let root = known.remove(&ROOT_ID).ok_or_else(|| bad("no root"))?;
-        let ns = Namespace::empty(c.next_id);
+        let ns = Namespace::empty(c.next_id, nodes);
         for inode in known.into_values().chain([root]) {
             if let (Some(dir), Some(from)) = (&inode.dir, children.remove(&inode.id)) {
                 *dir.children.lock() = from;
@@ -79,26 +84,26 @@ impl Namespace {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{dir, file};
+    use super::super::tests::{dir, file, seen};
     use super::*;
     use proptest::prelude::*;
 
     #[test]
     fn a_successor_finds_the_same_nodes_under_the_same_ids() {
-        let ns = Namespace::new(dir("p/"));
+        let ns = Namespace::new(dir("p/"), Nodes::Versions);
         let name = |n: &'static str| Bytes::from_static(n.as_bytes());
-        let d = ns.intern(&ns.root(), &name("d"), &dir("p/d/"));
-        let old = ns.intern(&d, &name("f"), &file("p/d/f", "1"));
-        let new = ns.intern(&d, &name("f"), &file("p/d/f", "2"));
-        let back = Namespace::restore(&ns.save()).expect("restore");
+        let d = ns.intern(&ns.root(), &name("d"), &dir("p/d/"), seen()).0;
+        let old = ns.intern(&d, &name("f"), &file("p/d/f", "1"), seen()).0;
+        let new = ns.intern(&d, &name("f"), &file("p/d/f", "2"), seen()).0;
+        let back = Namespace::restore(&ns.save(), Nodes::Versions).expect("restore");
         assert_eq!(back.len(), ns.len());
         for i in [&d, &old, &new] {
             let j = back.get(i.id).expect("known");
-            assert_eq!((j.path(), &j.locator, &j.version), (i.path(), &i.locator, &i.version));
+            assert_eq!((j.path(), &j.now().locator, &j.now().version), (i.path(), &i.now().locator, &i.now().version));
         }
         let d2 = back.get(d.id).expect("dir");
-        assert_eq!(back.intern(&d2, &name("f"), &file("p/d/f", "2")).id, new.id);
-        assert!(back.intern(&d2, &name("g"), &file("p/d/g", "1")).id > new.id);
+        assert_eq!(back.intern(&d2, &name("f"), &file("p/d/f", "2"), seen()).0.id, new.id);
+        assert!(back.intern(&d2, &name("g"), &file("p/d/g", "1"), seen()).0.id > new.id);
         back.forget(old.id, 1);
         assert!(back.get(old.id).is_none());
     }
@@ -106,19 +111,19 @@ mod tests {
     proptest! {
         #[test]
         fn garbage_is_refused_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            let _ = Namespace::restore(&bytes);
+            let _ = Namespace::restore(&bytes, Nodes::Versions);
         }
     }
 
     #[test]
     fn broken_checkpoints_are_refused() {
-        let ns = Namespace::new(dir(""));
-        ns.intern(&ns.root(), &Bytes::from_static(b"f"), &file("f", "1"));
+        let ns = Namespace::new(dir(""), Nodes::Versions);
+        ns.intern(&ns.root(), &Bytes::from_static(b"f"), &file("f", "1"), seen()).0;
         let good = state::Checkpoint::decode(ns.save().as_slice()).expect("own bytes");
         let refuse = |change: &dyn Fn(&mut state::Checkpoint)| {
             let mut c = good.clone();
             change(&mut c);
-            assert!(Namespace::restore(&c.encode_to_vec()).is_err_and(|e| e.is(Kind::Corrupt)));
+            assert!(Namespace::restore(&c.encode_to_vec(), Nodes::Versions).is_err_and(|e| e.is(Kind::Corrupt)));
         };
         refuse(&|c| c.format = 9);
         refuse(&|c| c.inodes.reverse());

@@ -1,48 +1,128 @@
 //! Inode numbers and what they name.
 //!
-//! A node of a file names one *version* of it, for good: locator, version and attributes never change under a node id. A file that
-//! changed at the origin is a new node, as after an editor's rename-over. So the kernel's pages of one node always belong to one
-//! version, an open file reads its old bytes to the end (or gets ESTALE), and nothing has to be invalidated. A directory's node names its
-//! path; its attributes follow the origin.
+//! On a read-only mount a file's node names one *version* of it, for good: a file that changed at the origin is a new node, as after an
+//! editor's rename-over. So the kernel's pages of one node always belong to one version, an open file reads its old bytes to the end (or
+//! gets ESTALE), and nothing has to be invalidated. On a read-write mount ([`Nodes::Follow`]) a node names the *file*, under all its names, and its
+//! version moves: by our own changes, and when the origin shows another one. A directory's node names its path.
 //!
-//! Life of a node: [`Namespace::intern`] hands it to the kernel and counts; FORGET counts down; at zero it goes. The kernel
+//! Life of a node: [`Namespace::intern`] hands it to the kernel and counts; FORGET counts down; at zero it is dead and goes. The kernel
 //! looks only at ids it holds, so an unknown id is a bug or a late request and is answered ESTALE.
 //!
-//! Lock order: a directory's `children`, then a shard of the table. No lock is held across an await.
+//! Lock order: a directory's `children`, then a shard of the table, then what is inside a node. Of two directories the lower id first. No lock is
+//! held across an await.
 
+pub mod change;
 pub mod checkpoint;
 pub mod listing;
 
 use bytes::Bytes;
+use change::Changes;
+use efc_common::id::{ContentId, SourceId};
 use efc_common::node::{Attr, FileKind, Node};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Node id of the mount's root (the FUSE protocol fixes it).
 pub const ROOT_ID: u64 = 1;
 const SHARDS: usize = 32;
 
+/// What the node of a file stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nodes {
+    /// One version of it (read-only mounts).
+    Versions,
+    /// The file itself, whose version moves (read-write mounts).
+    Follow,
+}
+
+/// What a node is at the moment: an immutable snapshot, replaced whole.
+#[derive(Debug)]
+pub struct Content {
+    /// How the backend finds it.
+    pub locator: Bytes,
+    /// Which content; empty for directories.
+    pub version: Bytes,
+    /// Attributes.
+    pub attr: Attr,
+    /// Until when a following node's attributes may be believed without asking.
+    pub fresh_until: Instant,
+    id: OnceLock<ContentId>,
+}
+
+impl Content {
+    fn new(node: Node, fresh_until: Instant) -> Arc<Content> {
+        let Node { locator, version, attr } = node;
+        Arc::new(Content { locator, version, attr, fresh_until, id: OnceLock::new() })
+    }
+
+    /// Its identity in the cache, computed once.
+    pub fn id(&self, source: SourceId) -> ContentId {
+        *self.id.get_or_init(|| ContentId::new(source, &self.locator, &self.version))
+    }
+}
+
+/// A name of a node in a directory.
+#[derive(Debug, Clone)]
+pub struct Dentry {
+    /// The directory.
+    pub parent: Arc<Inode>,
+    /// The name in it.
+    pub name: Bytes,
+}
+
+impl Dentry {
+    fn is(&self, dir: &Inode, name: &[u8]) -> bool {
+        self.parent.id == dir.id && self.name == name
+    }
+}
+
+/// The names a node is known by. Nearly always one, which costs no allocation.
+#[derive(Debug, Default)]
+struct Names {
+    first: Option<Dentry>,
+    more: Vec<Dentry>,
+}
+
+impl Names {
+    fn add(&mut self, new: Dentry) {
+        if self.iter().any(|d| d.is(&new.parent, &new.name)) {
+            return;
+        }
+        match &self.first {
+            None => self.first = Some(new),
+            Some(_) => self.more.push(new),
+        }
+    }
+
+    fn remove(&mut self, dir: &Inode, name: &[u8]) {
+        self.more.retain(|d| !d.is(dir, name));
+        if self.first.as_ref().is_some_and(|d| d.is(dir, name)) {
+            self.first = self.more.pop();
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Dentry> {
+        self.first.iter().chain(&self.more)
+    }
+}
+
 /// What a node id names.
 #[derive(Debug)]
 pub struct Inode {
     /// Node id; applications see it as the inode number.
     pub id: u64,
-    /// The directory it was found in; `None` for the root.
-    pub parent: Option<Arc<Inode>>,
-    /// Its name there; empty for the root.
-    pub name: Bytes,
-    /// How the backend finds it.
-    pub locator: Bytes,
-    /// Which content; empty for directories.
-    pub version: Bytes,
     /// Type.
     pub kind: FileKind,
-    attr: RwLock<Attr>,
+    names: Mutex<Names>,
+    now: RwLock<Arc<Content>>,
+    changes: Mutex<Changes>,
     lookups: AtomicU64,
     stale: AtomicBool,
+    /// The kernel may hold pages of an older version: the next open does not keep them.
+    pub pages_old: AtomicBool,
     /// Of a directory.
     pub dir: Option<DirState>,
     /// Sequential streams over a file, made at the first read.
@@ -70,6 +150,16 @@ impl DirState {
         true
     }
 
+    /// Names were changed by ourselves: listings made before now are wrong.
+    pub fn changed(&self) {
+        *self.distrusted.lock() = Some(Instant::now());
+    }
+
+    /// Was the origin asked at `asked` after everything known to have changed?
+    pub fn is_newer_than_changes(&self, asked: Instant) -> bool {
+        self.distrusted.lock().is_none_or(|t| asked > t)
+    }
+
     /// How old a listing may be to be accepted: `ttl`, or less when older ones are distrusted.
     pub fn max_age(&self, ttl: Duration) -> Duration {
         self.distrusted.lock().map_or(ttl, |t| ttl.min(t.elapsed()))
@@ -77,37 +167,52 @@ impl DirState {
 }
 
 impl Inode {
-    fn new(id: u64, parent: Option<Arc<Inode>>, name: Bytes, node: Node, lookups: u64) -> Self {
-        let dir = (node.attr.kind == FileKind::Directory).then(DirState::default);
+    fn new(id: u64, name: Option<Dentry>, node: Node, fresh_until: Instant, lookups: u64) -> Self {
+        let kind = node.attr.kind;
         Inode {
             id,
-            parent,
-            name,
-            locator: node.locator,
-            version: node.version,
-            kind: node.attr.kind,
-            attr: RwLock::new(node.attr),
+            kind,
+            names: Mutex::new(Names { first: name, more: Vec::new() }),
+            now: RwLock::new(Content::new(node, fresh_until)),
+            changes: Mutex::default(),
             lookups: AtomicU64::new(lookups),
             stale: AtomicBool::new(false),
-            dir,
+            pages_old: AtomicBool::new(false),
+            dir: (kind == FileKind::Directory).then(DirState::default),
             streams: Mutex::new(None),
         }
     }
 
-    /// Attributes: fixed for a file, the newest seen for a directory.
+    /// What it is at the moment.
+    pub fn now(&self) -> Arc<Content> {
+        self.now.read().clone()
+    }
+
+    /// Attributes.
     pub fn attr(&self) -> Attr {
-        self.attr.read().clone()
+        self.now.read().attr.clone()
     }
 
     /// Size in bytes.
     pub fn size(&self) -> u64 {
-        self.attr.read().size
+        self.now.read().attr.size
     }
 
-    /// Replaces a directory's attributes.
+    /// How the backend finds it.
+    pub fn locator(&self) -> Bytes {
+        self.now.read().locator.clone()
+    }
+
+    /// The directory it is known to be in and its name there; `None` for the root and for what has no name any more.
+    pub fn dentry(&self) -> Option<Dentry> {
+        self.names.lock().first.clone()
+    }
+
+    /// Replaces the attributes of a directory, or of a following node.
     pub fn set_attr(&self, attr: Attr) {
-        debug_assert!(self.dir.is_some(), "a file's attributes belong to its version");
-        *self.attr.write() = attr;
+        let mut now = self.now.write();
+        let node = Node { locator: now.locator.clone(), version: now.version.clone(), attr };
+        *now = Content::new(node, now.fresh_until);
     }
 
     /// The origin no longer has this version: the next look-up makes a new node even if the listing looks the same. True the first time.
@@ -118,44 +223,84 @@ impl Inode {
     /// Path below the mount point, for messages; bytes that are not UTF-8 are shown as U+FFFD.
     pub fn path(&self) -> String {
         let mut parts = Vec::new();
-        let mut at = self;
-        while let Some(parent) = &at.parent {
-            parts.push(String::from_utf8_lossy(&at.name).into_owned());
-            at = parent;
+        let mut at = self.dentry();
+        if at.is_none() && self.id != ROOT_ID {
+            return format!("(removed node {})", self.id);
+        }
+        while let Some(d) = at {
+            parts.push(String::from_utf8_lossy(&d.name).into_owned());
+            at = d.parent.dentry();
         }
         parts.reverse();
         format!("/{}", parts.join("/"))
     }
 
-    /// Is it still what `node` says?
-    fn is(&self, node: &Node) -> bool {
+    /// Is it still the version that `node` says?
+    fn is_version(&self, node: &Node) -> bool {
+        let now = self.now.read();
         self.kind == node.attr.kind
-            && self.locator == node.locator
-            && self.version == node.version
+            && now.locator == node.locator
+            && now.version == node.version
             && !self.stale.load(Ordering::Acquire)
+    }
+
+    /// Is it the file that `node` says, in whatever version?
+    fn is_file(&self, node: &Node) -> bool {
+        let now = self.now.read();
+        self.kind == node.attr.kind && now.locator == node.locator && now.attr.fileid == node.attr.fileid
+    }
+
+    /// Counts one look-up more, unless the node is dead already.
+    fn revive(&self) -> bool {
+        self.lookups.fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n > 0).then_some(n + 1)).is_ok()
+    }
+}
+
+/// What the origin said of a node, and how long it may be believed.
+#[derive(Debug, Clone, Copy)]
+pub struct Seen {
+    /// When the origin was asked: changes of our own that ended later are newer.
+    pub asked: Instant,
+    /// Until when its word holds.
+    pub fresh_until: Instant,
+}
+
+impl Seen {
+    /// Asked at `asked`, believed for `ttl` from then on.
+    pub fn at(asked: Instant, ttl: Duration) -> Seen {
+        Seen { asked, fresh_until: asked + ttl }
     }
 }
 
 /// All nodes the kernel may name.
 #[derive(Debug)]
 pub struct Namespace {
+    nodes: Nodes,
     shards: Vec<RwLock<HashMap<u64, Arc<Inode>>>>,
+    /// Files known to have several names, by the origin's number, so that each of their names leads to the one node (following nodes only).
+    linked: Mutex<HashMap<u64, u64>>,
     next_id: AtomicU64,
     count: AtomicU64,
 }
 
 impl Namespace {
     /// A namespace that holds the root.
-    pub fn new(root: Node) -> Self {
-        let ns = Namespace::empty(ROOT_ID + 1);
+    pub fn new(root: Node, nodes: Nodes) -> Self {
+        let ns = Namespace::empty(ROOT_ID + 1, nodes);
         // The kernel never forgets the root.
-        ns.insert(Arc::new(Inode::new(ROOT_ID, None, Bytes::new(), root, 1)));
+        ns.insert(Arc::new(Inode::new(ROOT_ID, None, root, Instant::now(), 1)));
         ns
     }
 
-    fn empty(next_id: u64) -> Self {
+    fn empty(next_id: u64, nodes: Nodes) -> Self {
         let shards = (0..SHARDS).map(|_| RwLock::default()).collect();
-        Namespace { shards, next_id: AtomicU64::new(next_id), count: AtomicU64::new(0) }
+        Namespace {
+            nodes,
+            shards,
+            linked: Mutex::default(),
+            next_id: AtomicU64::new(next_id),
+            count: AtomicU64::new(0),
+        }
     }
 
     fn shard(&self, id: u64) -> &RwLock<HashMap<u64, Arc<Inode>>> {
@@ -190,27 +335,60 @@ impl Namespace {
         self.len() == 0
     }
 
+    /// Do nodes follow their files?
+    pub fn follows(&self) -> bool {
+        self.nodes == Nodes::Follow
+    }
+
     /// The node for `name` in `dir`, which is `node` at the origin: the one the kernel knows when it still names the same thing, else a new one.
-    /// Counts one look-up: to be called once for each entry that is sent to the kernel.
-    pub fn intern(&self, dir: &Arc<Inode>, name: &Bytes, node: &Node) -> Arc<Inode> {
+    /// Counts one look-up: to be called once for each entry that is sent to the kernel. True: the node is known in another version than the kernel may have pages of.
+    pub fn intern(&self, dir: &Arc<Inode>, name: &Bytes, node: &Node, seen: Seen) -> (Arc<Inode>, bool) {
         let Some(state) = &dir.dir else {
             unreachable!("names are interned in directories only");
         };
         let mut children = state.children.lock();
-        if let Some(known) = children.get(name).and_then(|id| self.get(*id))
-            && known.is(node)
-        {
-            known.lookups.fetch_add(1, Ordering::AcqRel);
-            if known.dir.is_some() {
-                known.set_attr(node.attr.clone());
+        let known = children.get(name).and_then(|id| self.get(*id));
+        if let Some(known) = known {
+            let same = if self.follows() { known.is_file(node) } else { known.is_version(node) };
+            if same && known.revive() {
+                let moved = match self.nodes {
+                    Nodes::Follow => self.refresh(&known, node, seen),
+                    Nodes::Versions => {
+                        if known.dir.is_some() {
+                            known.set_attr(node.attr.clone());
+                        }
+                        false
+                    }
+                };
+                return (known, moved);
             }
-            return known;
+            // The node of an old version is still open under this name.
+            if self.follows() {
+                known.names.lock().remove(dir, name);
+            }
+        }
+        if let Some(other) = self.other_name(node)
+            && other.revive()
+        {
+            other.names.lock().add(Dentry { parent: dir.clone(), name: name.clone() });
+            children.insert(name.clone(), other.id);
+            let moved = self.refresh(&other, node, seen);
+            return (other, moved);
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let inode = Arc::new(Inode::new(id, Some(dir.clone()), name.clone(), node.clone(), 1));
+        let dentry = Dentry { parent: dir.clone(), name: name.clone() };
+        let inode = Arc::new(Inode::new(id, Some(dentry), node.clone(), seen.fresh_until, 1));
         self.insert(inode.clone());
         children.insert(name.clone(), id);
-        inode
+        drop(children);
+        self.note_links(&inode, &node.attr);
+        (inode, false)
+    }
+
+    /// The node of a name, if the kernel knows it.
+    pub fn child(&self, dir: &Inode, name: &[u8]) -> Option<Arc<Inode>> {
+        let id = *dir.dir.as_ref()?.children.lock().get(name)?;
+        self.get(id)
     }
 
     /// The kernel forgets `count` look-ups of a node.
@@ -219,18 +397,27 @@ impl Namespace {
             return;
         }
         let Some(inode) = self.get(id) else { return };
-        // The parent's lock keeps `intern` from reviving the node between the count and the removal.
-        let mut children = inode.parent.as_ref().and_then(|p| p.dir.as_ref()).map(|d| d.children.lock());
         let before = inode.lookups.fetch_sub(count, Ordering::AcqRel);
         debug_assert!(before >= count, "kernel forgot {count} of {before} look-ups of {}", inode.path());
         if before > count {
             return;
         }
-        if let Some(children) = &mut children
-            && children.get(&inode.name) == Some(&id)
-        {
-            children.remove(&inode.name);
+        // Dead: `revive` refuses it from now on, so nobody can hand it out while it is taken apart.
+        let names = std::mem::take(&mut *inode.names.lock());
+        for d in names.iter() {
+            if let Some(dir) = &d.parent.dir {
+                let mut children = dir.children.lock();
+                if children.get(&d.name) == Some(&id) {
+                    children.remove(&d.name);
+                }
+            }
         }
+        let fileid = inode.now.read().attr.fileid;
+        let mut linked = self.linked.lock();
+        if linked.get(&fileid) == Some(&id) {
+            linked.remove(&fileid);
+        }
+        drop(linked);
         if self.shard(id).write().remove(&id).is_some() {
             self.count.fetch_sub(1, Ordering::Relaxed);
         }
@@ -257,6 +444,10 @@ mod tests {
         }
     }
 
+    pub(super) fn seen() -> Seen {
+        Seen::at(Instant::now(), Duration::from_secs(1))
+    }
+
     pub(super) fn dir(locator: &str) -> Node {
         Node {
             locator: Bytes::copy_from_slice(locator.as_bytes()),
@@ -267,34 +458,34 @@ mod tests {
 
     #[test]
     fn the_same_version_keeps_its_node_and_a_new_one_gets_another() {
-        let ns = Namespace::new(dir(""));
+        let ns = Namespace::new(dir(""), Nodes::Versions);
         let root = ns.root();
         let name = Bytes::from_static(b"f");
-        let a = ns.intern(&root, &name, &file("f", "1"));
-        assert_eq!(ns.intern(&root, &name, &file("f", "1")).id, a.id);
-        let b = ns.intern(&root, &name, &file("f", "2"));
+        let a = ns.intern(&root, &name, &file("f", "1"), seen()).0;
+        assert_eq!(ns.intern(&root, &name, &file("f", "1"), seen()).0.id, a.id);
+        let b = ns.intern(&root, &name, &file("f", "2"), seen()).0;
         assert_ne!(a.id, b.id);
         // The old node lives as long as the kernel holds it, and does not take the new one's name along.
         assert!(ns.get(a.id).is_some());
         ns.forget(a.id, 2);
         assert!(ns.get(a.id).is_none());
-        assert_eq!(ns.intern(&root, &name, &file("f", "2")).id, b.id);
+        assert_eq!(ns.intern(&root, &name, &file("f", "2"), seen()).0.id, b.id);
     }
 
     #[test]
     fn a_stale_node_is_replaced_even_if_the_listing_is_old() {
-        let ns = Namespace::new(dir(""));
+        let ns = Namespace::new(dir(""), Nodes::Versions);
         let name = Bytes::from_static(b"f");
-        let a = ns.intern(&ns.root(), &name, &file("f", "1"));
+        let a = ns.intern(&ns.root(), &name, &file("f", "1"), seen()).0;
         assert!(a.mark_stale() && !a.mark_stale());
-        assert_ne!(ns.intern(&ns.root(), &name, &file("f", "1")).id, a.id);
+        assert_ne!(ns.intern(&ns.root(), &name, &file("f", "1"), seen()).0.id, a.id);
     }
 
     #[test]
     fn paths() {
-        let ns = Namespace::new(dir(""));
-        let d = ns.intern(&ns.root(), &Bytes::from_static(b"d"), &dir("d/"));
-        let f = ns.intern(&d, &Bytes::from_static(b"f"), &file("d/f", "1"));
+        let ns = Namespace::new(dir(""), Nodes::Versions);
+        let d = ns.intern(&ns.root(), &Bytes::from_static(b"d"), &dir("d/"), seen()).0;
+        let f = ns.intern(&d, &Bytes::from_static(b"f"), &file("d/f", "1"), seen()).0;
         assert_eq!((ns.root().path(), f.path()), ("/".into(), "/d/f".into()));
     }
 
@@ -302,7 +493,7 @@ mod tests {
         /// Random look-ups and forgets leave exactly the nodes with a positive count.
         #[test]
         fn counts_balance(ops in proptest::collection::vec((0u8..6, 0u8..3, any::<bool>()), 0..200)) {
-            let ns = Namespace::new(dir(""));
+            let ns = Namespace::new(dir(""), Nodes::Versions);
             let root = ns.root();
             let mut held: HashMap<u64, u64> = HashMap::new();
             for (n, version, forget) in ops {
@@ -313,7 +504,7 @@ mod tests {
                     }
                 } else {
                     let name = Bytes::from(vec![b'a' + n]);
-                    let i = ns.intern(&root, &name, &file(&format!("{n}"), &format!("{version}")));
+                    let i = ns.intern(&root, &name, &file(&format!("{n}"), &format!("{version}")), seen()).0;
                     *held.entry(i.id).or_default() += 1;
                 }
                 prop_assert_eq!(ns.len(), held.len() as u64 + 1);

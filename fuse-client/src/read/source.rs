@@ -98,12 +98,13 @@ impl DataSource {
         self.backend.capabilities().xattr
     }
 
-    /// The version a file's node names.
+    /// The version that a file's node names at the moment.
     pub fn file(&self, inode: &Inode) -> File {
-        let size = inode.size();
+        let now = inode.now();
+        let size = now.attr.size;
         File {
-            content: ContentId::new(self.backend.source_id(), &inode.locator, &inode.version),
-            reference: FileRef { locator: inode.locator.clone(), version: inode.version.clone(), size },
+            content: now.id(self.backend.source_id()),
+            reference: FileRef { locator: now.locator.clone(), version: now.version.clone(), size },
             size,
         }
     }
@@ -147,14 +148,15 @@ impl DataSource {
         max_age: Duration,
         known: Option<&Listing>,
     ) -> Result<Listing> {
+        let asked = Instant::now();
         if let Some(peers) = self.peers.as_ref().filter(|_| self.shared_listing()) {
             match peers.list(dir, max_age, known.map_or(0, |k| k.version)).await {
                 Ok(answer) => {
-                    let fresh_until = Instant::now() + ttl.saturating_sub(answer.age);
+                    let asked = asked.checked_sub(answer.age).unwrap_or(asked);
                     report_hidden(&answer.hidden);
                     return Ok(match known {
-                        Some(known) if answer.unchanged => known.renewed(fresh_until),
-                        _ => Listing::new(answer.entries, answer.version, fresh_until),
+                        Some(known) if answer.unchanged => known.renewed(asked, ttl),
+                        _ => Listing::new(answer.entries, answer.version, asked, ttl),
                     });
                 }
                 Err(e)
@@ -167,7 +169,7 @@ impl DataSource {
             }
         }
         let asked = Instant::now();
-        Ok(Listing::new(self.list_origin(dir).await?, 0, asked + ttl))
+        Ok(Listing::new(self.list_origin(dir).await?, 0, asked, ttl))
     }
 
     async fn list_origin(&self, dir: &Bytes) -> Result<Vec<Entry>> {

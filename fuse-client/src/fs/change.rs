@@ -1,0 +1,235 @@
+//! Operations that change names and attributes, on read-write mounts. Each goes to the origin first; what the origin says is then entered into the namespace,
+//! and listings of the directories concerned are distrusted.
+
+use super::Shared;
+use super::open::Parked;
+use crate::kernel::{AttrOut, CreateOut, EntryOut, SetAttr, SetTime};
+use crate::namespace::{Inode, Seen};
+use bytes::Bytes;
+use efc_backend::tree::{Change, New, NewNode, RenameMode, SetTime as OriginTime};
+use efc_common::node::{FileKind, Node};
+use efc_common::{Error, Kind, Result};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Names of removed files that are still open, in their directory; never listed.
+pub const PARKED_PREFIX: &[u8] = b".efc-removed-";
+
+/// A name in a directory.
+pub(super) struct At {
+    pub(super) dir: Arc<Inode>,
+    pub(super) name: Bytes,
+}
+
+impl Shared {
+    /// Enters a node that was just made or found under a name.
+    fn enter(&self, at: &At, node: &Node) -> (Arc<Inode>, EntryOut) {
+        let seen = Seen::at(Instant::now(), self.parts.ttl);
+        self.entry(&at.dir, &at.name, node, seen)
+    }
+
+    /// Names of `dir` were changed by us, and with them its times and link count.
+    fn touched(&self, dir: &Inode) {
+        self.parts.directories.changed(dir);
+        dir.expire();
+    }
+
+    /// MKNOD, MKDIR, SYMLINK.
+    pub(super) async fn make(&self, at: At, new: NewNode) -> Result<EntryOut> {
+        let made = self.tree()?.create(&at.dir.locator(), &at.name, &new).await;
+        self.touched(&at.dir);
+        Ok(self.enter(&at, &made?).1)
+    }
+
+    /// CREATE: makes the file or, unless it must be new, opens the one that is there.
+    pub(super) async fn create(&self, at: At, new: NewNode, flags: i32) -> Result<CreateOut> {
+        let tree = self.tree()?;
+        let made = tree.create(&at.dir.locator(), &at.name, &new).await;
+        self.touched(&at.dir);
+        let node = match made {
+            Err(e) if e.is(Kind::AlreadyExists) && flags & libc::O_EXCL == 0 => {
+                let mut node = self.parts.source.lookup(&at.dir.locator(), &at.name).await?;
+                if node.attr.kind == FileKind::File && flags & libc::O_TRUNC != 0 {
+                    node = tree.set_attr(&node.locator, &Change { size: Some(0), ..Change::default() }).await?;
+                }
+                node
+            }
+            other => other?,
+        };
+        if node.attr.kind != FileKind::File {
+            return Err(Error::new(Kind::AlreadyExists, "something else has this name"));
+        }
+        // The mode of a new file may forbid what its creator may do: it is opened by us.
+        let file = tree.open(&node.locator, flags & libc::O_ACCMODE != libc::O_RDONLY).await?;
+        let (inode, entry) = self.enter(&at, &node);
+        let file = match self.files.share(inode.id, flags & libc::O_ACCMODE != libc::O_RDONLY) {
+            Some(shared) => shared,
+            None => file,
+        };
+        Ok(CreateOut { entry, open: self.opened(&inode, flags, file) })
+    }
+
+    /// LINK.
+    pub(super) async fn link(&self, inode: &Arc<Inode>, at: At) -> Result<EntryOut> {
+        let change = inode.begin();
+        let linked = self.tree()?.link(&inode.locator(), &at.dir.locator(), &at.name).await;
+        self.touched(&at.dir);
+        let node = linked?;
+        change.finish(node.clone(), self.parts.ttl);
+        self.parts.namespace.note_links(inode, &node.attr);
+        Ok(self.enter(&at, &node).1)
+    }
+
+    /// UNLINK and RMDIR.
+    pub(super) async fn remove(&self, at: At, directory: bool) -> Result<()> {
+        let tree = self.tree()?;
+        let known = self.parts.namespace.child(&at.dir, &at.name);
+        let open = known.as_ref().filter(|i| !directory && !tree.keeps_removed() && self.files.is_open(i.id));
+        let removed = match open {
+            Some(inode) if inode.attr().nlink < 2 => self.park(&at, inode).await,
+            _ => tree.remove(&at.dir.locator(), &at.name, directory).await,
+        };
+        self.touched(&at.dir);
+        removed?;
+        let gone = self.parts.namespace.removed(&at.dir, &at.name, |dir, name| tree.child(dir, name));
+        if let Some(inode) = gone {
+            // Its link count and change time are others now.
+            inode.expire();
+        }
+        Ok(())
+    }
+
+    /// Removes a file that is open by giving it a hidden name, which goes with the last handle.
+    async fn park(&self, at: &At, inode: &Arc<Inode>) -> Result<()> {
+        let tree = self.tree()?;
+        let dir = at.dir.locator();
+        let name = parked_name(inode.id);
+        let node = tree.rename((&dir, &at.name), (&dir, &name), RenameMode::NoReplace).await?;
+        let mut gone = node.clone();
+        gone.attr.nlink = 0;
+        inode.begin().finish(gone, self.parts.ttl);
+        if !self.files.park(inode.id, Parked { dir: dir.clone(), name: name.clone() }) {
+            tree.remove(&dir, &name, false).await?;
+        }
+        Ok(())
+    }
+
+    /// RENAME.
+    pub(super) async fn rename(&self, from: At, to: At, flags: u32) -> Result<()> {
+        let mode = match flags {
+            0 => RenameMode::Replace,
+            libc::RENAME_NOREPLACE => RenameMode::NoReplace,
+            libc::RENAME_EXCHANGE => RenameMode::Exchange,
+            _ => return Err(Error::new(Kind::Invalid, "this way of renaming is not offered")),
+        };
+        let tree = self.tree()?;
+        let (from_dir, to_dir) = (from.dir.locator(), to.dir.locator());
+        let target = self.parts.namespace.child(&to.dir, &to.name);
+        let kept = match &target {
+            Some(t) if mode == RenameMode::Replace && !tree.keeps_removed() && self.files.is_open(t.id) => {
+                self.keep_replaced(t, &to_dir).await?
+            }
+            _ => None,
+        };
+        let renamed = tree.rename((&from_dir, &from.name), (&to_dir, &to.name), mode).await;
+        self.touched(&from.dir);
+        self.touched(&to.dir);
+        let node = match (renamed, kept, &target) {
+            (Ok(node), Some(parked), Some(t)) => {
+                if !self.files.park(t.id, parked.clone()) {
+                    tree.remove(&parked.dir, &parked.name, false).await?;
+                }
+                node
+            }
+            (Err(e), Some(parked), _) => {
+                // The second name is not needed; that it may stay behind is the lesser evil.
+                let _ = tree.remove(&parked.dir, &parked.name, false).await;
+                return Err(e);
+            }
+            (outcome, ..) => outcome?,
+        };
+        if mode == RenameMode::Exchange {
+            let back = self.parts.source.lookup(&from_dir, &from.name).await?;
+            self.parts.namespace.exchanged((&from.dir, &from.name, back.locator), (&to.dir, &to.name, node.locator));
+        } else {
+            self.parts.namespace.renamed((&from.dir, &from.name), (&to.dir, &to.name), node.locator.clone());
+        }
+        if let Some(t) = target {
+            t.expire();
+        }
+        if let Some(moved) = self.parts.namespace.child(&to.dir, &to.name) {
+            // Renaming changes the change time, hence the version.
+            moved.expire();
+        }
+        Ok(())
+    }
+
+    /// Gives an open file that a rename is going to replace a second, hidden name.
+    async fn keep_replaced(&self, target: &Arc<Inode>, dir: &Bytes) -> Result<Option<Parked>> {
+        let name = parked_name(target.id);
+        match self.tree()?.link(&target.locator(), dir, &name).await {
+            Ok(_) => Ok(Some(Parked { dir: dir.clone(), name })),
+            // Directories have no second name, and what was removed elsewhere needs none.
+            Err(e)
+                if matches!(e.kind(), Kind::NotPermitted | Kind::IsADirectory | Kind::NotFound | Kind::Unsupported) =>
+            {
+                Ok(None)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// SETATTR.
+    pub(super) async fn set_attr(&self, inode: &Arc<Inode>, set: SetAttr) -> Result<AttrOut> {
+        let change = Change {
+            mode: set.mode.map(|m| m & 0o7777),
+            uid: set.uid,
+            gid: set.gid,
+            size: set.size,
+            atime: set.atime.map(origin_time),
+            mtime: set.mtime.map(origin_time),
+        };
+        if change != Change::default() {
+            let guard = inode.begin();
+            let node = match self.files.direct(inode) {
+                Some(file) if file_can(&change) || inode.is_nameless() => file.set_attr(&change).await?,
+                _ => self.tree()?.set_attr(&inode.locator(), &change).await?,
+            };
+            guard.finish(node, self.parts.ttl);
+        }
+        Ok(self.attr_out(inode))
+    }
+}
+
+/// Changes of the content go through the open file, so that they keep their order with its writes.
+fn file_can(change: &Change) -> bool {
+    change.size.is_some() || change.mtime.is_some()
+}
+
+fn parked_name(id: u64) -> Bytes {
+    let name = [PARKED_PREFIX, format!("{id:x}-{:016x}", rand::random::<u64>()).as_bytes()].concat();
+    name.into()
+}
+
+fn origin_time(t: SetTime) -> OriginTime {
+    match t {
+        SetTime::At(t) => OriginTime::At(t),
+        SetTime::Now => OriginTime::Now,
+    }
+}
+
+/// What MKNOD asks for.
+///
+/// # Errors
+/// [`Kind::Invalid`] for a type that is none.
+pub(super) fn new_special(mode: u32, rdev: u32, uid: u32, gid: u32) -> Result<NewNode> {
+    let what = match mode & libc::S_IFMT {
+        0 | libc::S_IFREG => New::File,
+        libc::S_IFIFO => New::Fifo,
+        libc::S_IFSOCK => New::Socket,
+        libc::S_IFCHR => New::CharDevice(rdev),
+        libc::S_IFBLK => New::BlockDevice(rdev),
+        _ => return Err(Error::new(Kind::Invalid, "no such type of file")),
+    };
+    Ok(NewNode { what, mode: mode & 0o7777, uid, gid })
+}
