@@ -7,15 +7,21 @@
 //! Fault    only with the option `fault`
 //! File | Nfs | object store                                        plain protocol clients that never retry
 //! ```
+//!
+//! The tree of an origin that has one is under the same policies (the same counters, limits and faults, not others alike), with `Settled`
+//! for `Retry`: it retries too, and makes sure that what must not happen twice does not.
 
 use crate::DynBackend;
 use crate::count::{Count, Counters};
 use crate::fault::{Fault, Knobs};
 use crate::file::File;
-use crate::limit::Limit;
+use crate::limit::{Limit, Limits};
 use crate::nfs::Nfs;
 use crate::object;
-use crate::retry::Retry;
+use crate::retry::{Policy, Retry};
+use crate::tree::DynTree;
+use crate::tree::around::Decorated;
+use crate::tree::settle::Settled;
 use efc_common::error::Context;
 use efc_common::source::{SourceKind, SourceSpec, StaticKeys};
 use efc_common::units::{parse_bytes, parse_duration};
@@ -28,6 +34,8 @@ use std::time::Duration;
 pub struct Connected {
     /// The stack.
     pub backend: DynBackend,
+    /// The same origin for changes, if it is a tree (`file` and `nfs`).
+    pub tree: Option<DynTree>,
     /// What it has asked of the origin.
     pub counters: Arc<Counters>,
 }
@@ -54,7 +62,7 @@ pub async fn connect_counted(spec: &SourceSpec, keys: Option<&StaticKeys>) -> Re
     };
     let raw = plain(spec, keys, settings.timeout)?;
     let raw = match spec.option("fault") {
-        Some(text) => Arc::new(Fault::new(raw, Knobs::parse(text)?)),
+        Some(text) => raw.under(|backend| Ok(Fault::new(backend, Knobs::parse(text)?)))?,
         None => raw,
     };
     Ok(stack(raw, spec.url(), &settings))
@@ -68,21 +76,49 @@ pub(crate) struct Settings {
     pub(crate) bandwidth: u64,
 }
 
+/// A protocol client, bare or under faults.
+pub(crate) struct Raw {
+    pub(crate) backend: DynBackend,
+    pub(crate) tree: Option<DynTree>,
+}
+
+impl Raw {
+    /// Puts the faults that `make` gives around both.
+    fn under(self, make: impl FnOnce(DynBackend) -> Result<Fault>) -> Result<Raw> {
+        let fault = make(self.backend)?;
+        let tree = self.tree.map(|tree| fault.tree(tree));
+        Ok(Raw { backend: Arc::new(fault), tree })
+    }
+}
+
 /// Puts the decorators on; see the module.
-pub(crate) fn stack(raw: DynBackend, source: String, s: &Settings) -> Connected {
-    let counters = Arc::new(Counters::new(raw.capabilities()));
-    let counted = Arc::new(Count::new(raw, counters.clone()));
-    let limited = Arc::new(Limit::new(counted, s.request_rate, s.bandwidth, s.timeout));
-    let backend = Arc::new(Retry::new(limited, source, s.deadline, s.timeout, counters.clone()));
-    Connected { backend, counters }
+pub(crate) fn stack(raw: Raw, source: String, s: &Settings) -> Connected {
+    let counters = Arc::new(Counters::new(raw.backend.capabilities()));
+    let limits = Arc::new(Limits::new(s.request_rate, s.bandwidth, s.timeout));
+    let policy = Arc::new(Policy::new(source, s.deadline, counters.clone()));
+    let counted = Arc::new(Count::new(raw.backend, counters.clone()));
+    let limited = Arc::new(Limit::new(counted, limits.clone()));
+    let backend: DynBackend = Arc::new(Retry::new(limited, policy.clone(), s.timeout));
+    let tree = raw.tree.map(|tree| -> DynTree {
+        let counted = Arc::new(Decorated::new(tree, counters.clone()));
+        let limited = Arc::new(Decorated::new(counted, limits));
+        Arc::new(Settled::new(limited, backend.clone(), policy))
+    });
+    Connected { backend, tree, counters }
 }
 
 /// The plain protocol client.
-fn plain(spec: &SourceSpec, keys: Option<&StaticKeys>, timeout: Duration) -> Result<DynBackend> {
+fn plain(spec: &SourceSpec, keys: Option<&StaticKeys>, timeout: Duration) -> Result<Raw> {
     Ok(match spec.kind {
-        SourceKind::File => Arc::new(File::new(spec)),
-        SourceKind::Nfs => Arc::new(Nfs::new(spec, timeout)?),
-        SourceKind::Oss | SourceKind::S3 => Arc::new(object::connect(spec, keys)?),
+        SourceKind::File => {
+            let file = Arc::new(File::new(spec));
+            Raw { backend: file.clone(), tree: Some(file) }
+        }
+        SourceKind::Nfs => {
+            let nfs = Arc::new(Nfs::new(spec, timeout)?);
+            Raw { backend: nfs.clone(), tree: Some(nfs) }
+        }
+        SourceKind::Oss | SourceKind::S3 => Raw { backend: Arc::new(object::connect(spec, keys)?), tree: None },
     })
 }
 
@@ -126,8 +162,14 @@ mod tests {
         std::fs::write(dir.path().join("f"), &data).expect("a file");
         let url = format!("file://{}", dir.path().display());
         let spec = SourceSpec::parse(&url, Default::default(), SecretRef::Anonymous).expect("a source");
-        let (fault, script) = Fault::scripted(plain(&spec, None, settings.timeout).expect("plain"));
-        Rig { _dir: dir, script, origin: stack(Arc::new(fault), spec.url(), &settings), data }
+        let mut script = Script::default();
+        let scripted = |backend| {
+            let (fault, ordered) = Fault::scripted(backend);
+            script = ordered;
+            Ok(fault)
+        };
+        let raw = plain(&spec, None, settings.timeout).expect("plain").under(scripted).expect("faults");
+        Rig { _dir: dir, script, origin: stack(raw, spec.url(), &settings), data }
     }
 
     fn seconds(timeout: u64, deadline: u64) -> Settings {

@@ -1,8 +1,9 @@
 //! Counts what we ask of an origin: metrics `efc_origin_*`, and the same numbers without Prometheus ([`OriginStats`]).
 //!
 //! A request is one call of the trait, named in the origin's words: an object store gets `get`, `head`, `list`, a NAS gets `read`,
-//! `lookup`, `getattr`, `readdir`; the rest is `other`. A streamed NAS read is one request, however many READ calls it is cut into.
+//! `lookup`, `getattr`, `readdir`, `write` and so on; the rest is `other`. A streamed NAS read is one request, however many READ calls it is cut into.
 
+use crate::tree::around::Around;
 use crate::{Backend, ByteStream, Capabilities, DynBackend, FsStats, ListPage};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -25,10 +26,34 @@ pub(crate) enum Request {
     Getattr,
     List,
     Read,
+    Create,
+    Link,
+    Remove,
+    Rename,
+    Setattr,
+    Write,
+    Sync,
     Other,
 }
 
-const REQUESTS: [Request; 5] = [Request::Lookup, Request::Getattr, Request::List, Request::Read, Request::Other];
+/// Kinds of request.
+const KINDS: usize = 12;
+
+/// In the order of [`Request`].
+const REQUESTS: [Request; KINDS] = [
+    Request::Lookup,
+    Request::Getattr,
+    Request::List,
+    Request::Read,
+    Request::Create,
+    Request::Link,
+    Request::Remove,
+    Request::Rename,
+    Request::Setattr,
+    Request::Write,
+    Request::Sync,
+    Request::Other,
+];
 
 impl Request {
     fn label(self, objects: bool) -> &'static str {
@@ -41,8 +66,20 @@ impl Request {
             (Request::Lookup | Request::List, true) => "list",
             (Request::Read, false) => "read",
             (Request::Read, true) => "get",
+            (Request::Create, _) => "create",
+            (Request::Link, _) => "link",
+            (Request::Remove, _) => "remove",
+            (Request::Rename, _) => "rename",
+            (Request::Setattr, _) => "setattr",
+            (Request::Write, _) => "write",
+            (Request::Sync, _) => "sync",
             (Request::Other, _) => "other",
         }
+    }
+
+    /// Does it change the origin?
+    pub(crate) fn changes(self) -> bool {
+        !matches!(self, Request::Lookup | Request::Getattr | Request::List | Request::Read | Request::Other)
     }
 }
 
@@ -57,6 +94,8 @@ pub struct OriginStats {
     pub retries: u64,
     /// Content bytes received.
     pub bytes: u64,
+    /// Content bytes written.
+    pub written: u64,
 }
 
 /// Counters of one request kind.
@@ -70,11 +109,13 @@ struct Series {
 
 /// The counters of one origin; shared by the decorators that count.
 pub struct Counters {
-    series: [Series; 5],
+    series: [Series; KINDS],
     errors: AtomicU64,
     retries: AtomicU64,
     received: AtomicU64,
     bytes: Counter,
+    written: AtomicU64,
+    written_bytes: Counter,
 }
 
 impl Counters {
@@ -97,6 +138,8 @@ impl Counters {
             retries: zero(),
             received: zero(),
             bytes: counter!("efc_origin_bytes_total"),
+            written: zero(),
+            written_bytes: counter!("efc_origin_written_bytes_total"),
         }
     }
 
@@ -114,6 +157,7 @@ impl Counters {
             errors: self.errors.load(Relaxed),
             retries: self.retries.load(Relaxed),
             bytes: self.received.load(Relaxed),
+            written: self.written.load(Relaxed),
         }
     }
 
@@ -139,9 +183,37 @@ impl Counters {
         counter!("efc_origin_errors_total", "kind" => label, "error" => e.kind().name()).increment(1);
     }
 
-    fn received(&self, bytes: usize) {
-        self.received.fetch_add(bytes as u64, Relaxed);
-        self.bytes.increment(bytes as u64);
+    fn received(&self, bytes: u64) {
+        self.received.fetch_add(bytes, Relaxed);
+        self.bytes.increment(bytes);
+    }
+
+    async fn count<T>(&self, request: Request, call: impl Future<Output = Result<T>>) -> Result<T> {
+        let began = Instant::now();
+        self.sent(request);
+        let answer = call.await;
+        self.answered(request, began);
+        answer.inspect_err(|e| self.failed(request, e))
+    }
+}
+
+impl Around for Counters {
+    async fn around<T, F, C>(&self, request: Request, mut call: F) -> Result<T>
+    where
+        T: Send,
+        F: FnMut() -> C + Send,
+        C: Future<Output = Result<T>> + Send,
+    {
+        self.count(request, call()).await
+    }
+
+    async fn moved(&self, request: Request, bytes: u64) {
+        if request == Request::Read {
+            self.received(bytes);
+        } else {
+            self.written.fetch_add(bytes, Relaxed);
+            self.written_bytes.increment(bytes);
+        }
     }
 }
 
@@ -154,14 +226,6 @@ pub(crate) struct Count {
 impl Count {
     pub(crate) fn new(inner: DynBackend, counters: Arc<Counters>) -> Count {
         Count { inner, counters }
-    }
-
-    async fn count<T>(&self, request: Request, call: impl Future<Output = Result<T>>) -> Result<T> {
-        let began = Instant::now();
-        self.counters.sent(request);
-        let answer = call.await;
-        self.counters.answered(request, began);
-        answer.inspect_err(|e| self.counters.failed(request, e))
     }
 }
 
@@ -176,19 +240,19 @@ impl Backend for Count {
     }
 
     async fn root(&self) -> Result<Node> {
-        self.count(Request::Other, self.inner.root()).await
+        self.counters.count(Request::Other, self.inner.root()).await
     }
 
     async fn lookup(&self, dir: &Bytes, name: &[u8]) -> Result<Node> {
-        self.count(Request::Lookup, self.inner.lookup(dir, name)).await
+        self.counters.count(Request::Lookup, self.inner.lookup(dir, name)).await
     }
 
     async fn getattr(&self, locator: &Bytes) -> Result<Node> {
-        self.count(Request::Getattr, self.inner.getattr(locator)).await
+        self.counters.count(Request::Getattr, self.inner.getattr(locator)).await
     }
 
     async fn list(&self, dir: &Bytes, from: Option<Bytes>) -> Result<ListPage> {
-        self.count(Request::List, self.inner.list(dir, from)).await
+        self.counters.count(Request::List, self.inner.list(dir, from)).await
     }
 
     async fn read(&self, locator: &Bytes, version: &Bytes, range: Range<u64>) -> Result<ByteStream> {
@@ -209,7 +273,7 @@ impl Backend for Count {
                 counters.answered(Request::Read, began);
             }
             match piece {
-                Ok(bytes) => counters.received(bytes.len()),
+                Ok(bytes) => counters.received(bytes.len() as u64),
                 Err(e) => counters.failed(Request::Read, e),
             }
         });
@@ -217,14 +281,14 @@ impl Backend for Count {
     }
 
     async fn readlink(&self, locator: &Bytes) -> Result<Bytes> {
-        self.count(Request::Other, self.inner.readlink(locator)).await
+        self.counters.count(Request::Other, self.inner.readlink(locator)).await
     }
 
     async fn xattrs(&self, locator: &Bytes) -> Result<Vec<(Bytes, Bytes)>> {
-        self.count(Request::Other, self.inner.xattrs(locator)).await
+        self.counters.count(Request::Other, self.inner.xattrs(locator)).await
     }
 
     async fn statfs(&self) -> Result<FsStats> {
-        self.count(Request::Other, self.inner.statfs()).await
+        self.counters.count(Request::Other, self.inner.statfs()).await
     }
 }

@@ -1,5 +1,9 @@
 //! Injected faults, to see that the rooms above survive them: by chance (the source option `fault`), or to order (a [`Script`], in tests).
 
+use crate::count::Request;
+use crate::tree::DynTree;
+use crate::tree::around::{Around, Decorated};
+use crate::tree::settle::unsent;
 use crate::{Backend, ByteStream, Capabilities, DynBackend, FsStats, ListPage};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -30,6 +34,8 @@ pub struct Knobs {
     pub short: f64,
     /// A stream breaks in the middle, or the answer of a call is lost.
     pub reset: f64,
+    /// A call that changes something is executed and its answer is lost.
+    pub lost: f64,
     /// The first stream finds, half-way, that the file has changed.
     pub stale_once: bool,
     /// Makes the run repeatable.
@@ -37,7 +43,7 @@ pub struct Knobs {
 }
 
 impl Knobs {
-    /// Parses `latency=5ms,jitter=2ms,error=0.01,short=0.01,reset=0.01,stale_once,seed=7`; `;` separates as well as `,`.
+    /// Parses `latency=5ms,jitter=2ms,error=0.01,short=0.01,reset=0.01,lost=0.01,stale_once,seed=7`; `;` separates as well as `,`.
     ///
     /// # Errors
     /// [`Kind::Invalid`] naming the part.
@@ -55,6 +61,7 @@ impl Knobs {
                 "error" => knobs.error = chance()?,
                 "short" => knobs.short = chance()?,
                 "reset" => knobs.reset = chance()?,
+                "lost" => knobs.lost = chance()?,
                 "stale_once" if value.is_empty() => knobs.stale_once = true,
                 "seed" => {
                     let seed =
@@ -62,7 +69,7 @@ impl Knobs {
                     knobs.seed = Some(seed);
                 }
                 _ => {
-                    let known = "latency, jitter, error, short, reset, stale_once, seed";
+                    let known = "latency, jitter, error, short, reset, lost, stale_once, seed";
                     return Err(Error::new(
                         Kind::Invalid,
                         format!("option fault: `{part}` is unknown; there are {known}"),
@@ -96,6 +103,7 @@ struct Plan {
     /// `None` stalls.
     calls: VecDeque<Option<Kind>>,
     reads: VecDeque<(u64, Cut)>,
+    lost: usize,
     seen: u64,
     ranges: Vec<Range<u64>>,
 }
@@ -109,6 +117,11 @@ impl Script {
     /// The next call never answers.
     pub fn stall_next(&self) {
         self.0.lock().calls.push_back(None);
+    }
+
+    /// The next `n` calls that change something and succeed are told as failed.
+    pub fn lose_next(&self, n: usize) {
+        self.0.lock().lost += n;
     }
 
     /// A stream that was opened goes wrong after `bytes`.
@@ -130,10 +143,7 @@ impl Script {
 /// The decorator.
 pub struct Fault {
     inner: DynBackend,
-    knobs: Knobs,
-    script: Script,
-    chance: Mutex<StdRng>,
-    stale: Mutex<bool>,
+    faults: Arc<Faults>,
 }
 
 impl Fault {
@@ -141,16 +151,32 @@ impl Fault {
     pub fn new(inner: DynBackend, knobs: Knobs) -> Fault {
         let chance = knobs.seed.map_or_else(StdRng::from_os_rng, StdRng::seed_from_u64);
         let stale = Mutex::new(knobs.stale_once);
-        Fault { inner, knobs, script: Script::default(), chance: Mutex::new(chance), stale }
+        let faults = Faults { knobs, script: Script::default(), chance: Mutex::new(chance), stale };
+        Fault { inner, faults: Arc::new(faults) }
     }
 
     /// Faults to order.
     pub fn scripted(inner: DynBackend) -> (Fault, Script) {
         let fault = Fault::new(inner, Knobs::default());
-        let script = fault.script.clone();
+        let script = fault.faults.script.clone();
         (fault, script)
     }
 
+    /// The tree of the same origin, under the same faults.
+    pub fn tree(&self, inner: DynTree) -> DynTree {
+        Arc::new(Decorated::new(inner, self.faults.clone()))
+    }
+}
+
+/// The faults of one origin.
+struct Faults {
+    knobs: Knobs,
+    script: Script,
+    chance: Mutex<StdRng>,
+    stale: Mutex<bool>,
+}
+
+impl Faults {
     fn happens(&self, probability: f64) -> bool {
         probability > 0.0 && self.chance.lock().random_bool(probability)
     }
@@ -165,14 +191,14 @@ impl Fault {
         match ordered {
             None => {}
             Some(None) => std::future::pending().await,
-            Some(Some(kind)) => return Err(Error::new(kind, "injected failure")),
+            Some(Some(kind)) => return Err(unsent(Error::new(kind, "injected failure"))),
         }
         let wait = self.knobs.latency + self.knobs.jitter.mul_f64(self.chance.lock().random());
         if !wait.is_zero() {
             tokio::time::sleep(wait).await;
         }
         if self.happens(self.knobs.error) {
-            return Err(Error::new(Kind::Unavailable, "injected failure"));
+            return Err(unsent(Error::new(Kind::Unavailable, "injected failure")));
         }
         Ok(())
     }
@@ -184,6 +210,18 @@ impl Fault {
             return Err(Error::new(Kind::Unavailable, "injected loss of an answer"));
         }
         Ok(answer)
+    }
+
+    /// Is the good answer of this change to be lost?
+    fn loses_change(&self) -> bool {
+        {
+            let mut plan = self.script.0.lock();
+            if plan.lost > 0 {
+                plan.lost -= 1;
+                return true;
+            }
+        }
+        self.happens(self.knobs.lost)
     }
 
     /// Where and how the next stream goes wrong, if it does.
@@ -202,6 +240,21 @@ impl Fault {
             return None;
         };
         Some((self.chance.lock().random_range(0..len.max(1)), how))
+    }
+}
+
+impl Around for Faults {
+    async fn around<T, F, C>(&self, request: Request, mut call: F) -> Result<T>
+    where
+        T: Send,
+        F: FnMut() -> C + Send,
+        C: Future<Output = Result<T>> + Send,
+    {
+        let answer = self.disturb(call()).await?;
+        if request.changes() && self.loses_change() {
+            return Err(Error::new(Kind::Unavailable, "injected loss of an answer"));
+        }
+        Ok(answer)
     }
 }
 
@@ -240,40 +293,40 @@ impl Backend for Fault {
     }
 
     async fn root(&self) -> Result<Node> {
-        self.disturb(self.inner.root()).await
+        self.faults.disturb(self.inner.root()).await
     }
 
     async fn lookup(&self, dir: &Bytes, name: &[u8]) -> Result<Node> {
-        self.disturb(self.inner.lookup(dir, name)).await
+        self.faults.disturb(self.inner.lookup(dir, name)).await
     }
 
     async fn getattr(&self, locator: &Bytes) -> Result<Node> {
-        self.disturb(self.inner.getattr(locator)).await
+        self.faults.disturb(self.inner.getattr(locator)).await
     }
 
     async fn list(&self, dir: &Bytes, from: Option<Bytes>) -> Result<ListPage> {
-        self.disturb(self.inner.list(dir, from)).await
+        self.faults.disturb(self.inner.list(dir, from)).await
     }
 
     async fn read(&self, locator: &Bytes, version: &Bytes, range: Range<u64>) -> Result<ByteStream> {
-        self.before().await?;
-        self.script.0.lock().ranges.push(range.clone());
+        self.faults.before().await?;
+        self.faults.script.0.lock().ranges.push(range.clone());
         let pieces = self.inner.read(locator, version, range.clone()).await?;
-        Ok(match self.cut(range.end.saturating_sub(range.start)) {
+        Ok(match self.faults.cut(range.end.saturating_sub(range.start)) {
             Some((after, how)) => cut_stream(pieces, after, how),
             None => pieces,
         })
     }
 
     async fn readlink(&self, locator: &Bytes) -> Result<Bytes> {
-        self.disturb(self.inner.readlink(locator)).await
+        self.faults.disturb(self.inner.readlink(locator)).await
     }
 
     async fn xattrs(&self, locator: &Bytes) -> Result<Vec<(Bytes, Bytes)>> {
-        self.disturb(self.inner.xattrs(locator)).await
+        self.faults.disturb(self.inner.xattrs(locator)).await
     }
 
     async fn statfs(&self) -> Result<FsStats> {
-        self.disturb(self.inner.statfs()).await
+        self.faults.disturb(self.inner.statfs()).await
     }
 }

@@ -4,6 +4,10 @@
 //! leave it through `..`, a symbolic link or a magic link, whatever happens to the tree meanwhile. A version is inode, ctime, mtime and
 //! size; the device number is left out, because nodes that mount the same share number it differently. A read keeps one file open and
 //! compares its attributes before the first byte and after every chunk. All I/O runs on tokio's blocking threads, a bounded number at once.
+//! What changes the tree is in `change`, open files are in `open`.
+
+mod change;
+mod open;
 
 use crate::{Backend, ByteStream, Capabilities, FsStats, ListPage};
 use async_trait::async_trait;
@@ -137,11 +141,20 @@ impl Root {
         path.freeze()
     }
 
-    fn lookup(&self, dir: &[u8], name: &[u8]) -> Result<Node> {
+    /// The locator of `name` in `dir`, if it can be one.
+    fn child(&self, dir: &[u8], name: &[u8]) -> Result<Bytes> {
         if name.is_empty() || matches!(name, b"." | b"..") || name.contains(&b'/') || name.contains(&0) {
             return Err(Error::new(Kind::Invalid, format!("`{}` is no file name", show(name))));
         }
-        self.node(&self.join(dir, name))
+        let path = self.join(dir, name);
+        if path.len() > LOCATOR_BYTES_MAX {
+            return Err(Error::new(Kind::NameTooLong, format!("the path of `{}` is too long", show(name))));
+        }
+        Ok(path)
+    }
+
+    fn lookup(&self, dir: &[u8], name: &[u8]) -> Result<Node> {
+        self.node(&self.child(dir, name)?)
     }
 
     fn list(&self, dir: &[u8], from: u64) -> Result<ListPage> {
@@ -311,8 +324,8 @@ impl Backend for File {
     }
 }
 
-/// The bytes `range` of the open file, which must still be `version` afterwards.
-fn read_chunk(fd: &OwnedFd, locator: &[u8], version: &[u8], range: Range<u64>) -> Result<Bytes> {
+/// The bytes `range` of the open file, fewer if it ends before.
+fn read_full(fd: &OwnedFd, locator: &[u8], range: Range<u64>) -> Result<Vec<u8>> {
     let len = (range.end - range.start) as usize;
     let mut data = Vec::with_capacity(len);
     while data.len() < len {
@@ -323,9 +336,16 @@ fn read_chunk(fd: &OwnedFd, locator: &[u8], version: &[u8], range: Range<u64>) -
             Err(e) => return Err(error(e, locator)),
         }
     }
-    same(fd, version, locator)?;
     // The allocator may give more than was asked for, and then more may have been read.
     data.truncate(len);
+    Ok(data)
+}
+
+/// The bytes `range` of the open file, which must still be `version` afterwards.
+fn read_chunk(fd: &OwnedFd, locator: &[u8], version: &[u8], range: Range<u64>) -> Result<Bytes> {
+    let len = (range.end - range.start) as usize;
+    let data = read_full(fd, locator, range)?;
+    same(fd, version, locator)?;
     if data.len() < len {
         return Err(Error::new(Kind::Io, "the file ends before its size").with("path", show(locator)));
     }
@@ -402,10 +422,39 @@ fn show(path: &[u8]) -> String {
     String::from_utf8_lossy(path).into_owned()
 }
 
+/// What an errno means in our terms: the only table of it for this origin.
+fn kind_of(e: Errno) -> Kind {
+    match e {
+        Errno::NOENT => Kind::NotFound,
+        Errno::EXIST => Kind::AlreadyExists,
+        Errno::NOTDIR => Kind::NotADirectory,
+        Errno::ISDIR => Kind::IsADirectory,
+        Errno::ACCESS | Errno::ROFS => Kind::PermissionDenied,
+        Errno::PERM => Kind::NotPermitted,
+        Errno::NOTEMPTY => Kind::NotEmpty,
+        Errno::FBIG => Kind::TooLarge,
+        Errno::MLINK => Kind::TooManyLinks,
+        Errno::XDEV => Kind::CrossDevice,
+        Errno::DQUOT => Kind::NoQuota,
+        Errno::NOSPC => Kind::NoSpace,
+        Errno::NAMETOOLONG => Kind::NameTooLong,
+        Errno::RANGE | Errno::TOOBIG => Kind::OutOfRange,
+        Errno::NODATA => Kind::NoData,
+        Errno::STALE => Kind::Stale,
+        Errno::BUSY | Errno::TXTBSY => Kind::Busy,
+        Errno::INVAL => Kind::Invalid,
+        Errno::OPNOTSUPP | Errno::NOSYS => Kind::Unsupported,
+        Errno::TIMEDOUT => Kind::Timeout,
+        Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN => Kind::Exhausted,
+        Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::NETDOWN | Errno::CONNRESET | Errno::NOTCONN => {
+            Kind::Unavailable
+        }
+        _ => Kind::Io,
+    }
+}
+
 fn error(e: Errno, path: &[u8]) -> Error {
-    let below = Error::from(std::io::Error::from(e));
-    let kind = if e == Errno::OPNOTSUPP || e == Errno::NOSYS { Kind::Unsupported } else { below.kind() };
-    Error::new(kind, format!("{}: {}", show(path), below.message())).with_retry(below.retry())
+    Error::new(kind_of(e), format!("{}: {}", show(path), std::io::Error::from(e)))
 }
 
 #[cfg(test)]

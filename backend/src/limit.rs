@@ -4,6 +4,8 @@
 //! kind of origin: a call, or the next piece of a stream, that does not come within a little more than the source's `timeout` has
 //! failed. Protocol clients watch `timeout` themselves and say more; the net catches what they miss (a hung file system, a stalled proxy).
 
+use crate::count::Request;
+use crate::tree::around::Around;
 use crate::{Backend, ByteStream, Capabilities, DynBackend, FsStats, ListPage};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -19,25 +21,51 @@ use std::time::Duration;
 /// The decorator.
 pub(crate) struct Limit {
     inner: DynBackend,
-    requests: RateLimit,
-    bytes: Arc<RateLimit>,
-    patience: Duration,
+    limits: Arc<Limits>,
 }
 
 impl Limit {
+    pub(crate) fn new(inner: DynBackend, limits: Arc<Limits>) -> Limit {
+        Limit { inner, limits }
+    }
+}
+
+/// The limits of one origin.
+pub(crate) struct Limits {
+    requests: RateLimit,
+    bytes: RateLimit,
+    patience: Duration,
+}
+
+impl Limits {
     /// `requests` and `bytes` a second (0: no limit); `timeout` is the source's option.
-    pub(crate) fn new(inner: DynBackend, requests: u64, bytes: u64, timeout: Duration) -> Limit {
-        Limit {
-            inner,
-            requests: RateLimit::new(requests),
-            bytes: Arc::new(RateLimit::new(bytes)),
-            patience: timeout + timeout / 4,
-        }
+    pub(crate) fn new(requests: u64, bytes: u64, timeout: Duration) -> Limits {
+        Limits { requests: RateLimit::new(requests), bytes: RateLimit::new(bytes), patience: timeout + timeout / 4 }
     }
 
     async fn limit<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
         self.requests.take(1).await;
         within(self.patience, call).await
+    }
+}
+
+impl Around for Limits {
+    async fn around<T, F, C>(&self, request: Request, mut call: F) -> Result<T>
+    where
+        T: Send,
+        F: FnMut() -> C + Send,
+        C: Future<Output = Result<T>> + Send,
+    {
+        if request == Request::Sync {
+            // It ends when the origin's disks have taken what was written: only the caller's deadline bounds it.
+            self.requests.take(1).await;
+            return call().await;
+        }
+        self.limit(call()).await
+    }
+
+    async fn moved(&self, _request: Request, bytes: u64) {
+        self.bytes.take(bytes).await;
     }
 }
 
@@ -59,32 +87,32 @@ impl Backend for Limit {
     }
 
     async fn root(&self) -> Result<Node> {
-        self.limit(self.inner.root()).await
+        self.limits.limit(self.inner.root()).await
     }
 
     async fn lookup(&self, dir: &Bytes, name: &[u8]) -> Result<Node> {
-        self.limit(self.inner.lookup(dir, name)).await
+        self.limits.limit(self.inner.lookup(dir, name)).await
     }
 
     async fn getattr(&self, locator: &Bytes) -> Result<Node> {
-        self.limit(self.inner.getattr(locator)).await
+        self.limits.limit(self.inner.getattr(locator)).await
     }
 
     async fn list(&self, dir: &Bytes, from: Option<Bytes>) -> Result<ListPage> {
-        self.limit(self.inner.list(dir, from)).await
+        self.limits.limit(self.inner.list(dir, from)).await
     }
 
     async fn read(&self, locator: &Bytes, version: &Bytes, range: Range<u64>) -> Result<ByteStream> {
-        let pieces = self.limit(self.inner.read(locator, version, range)).await?;
-        let (bytes, patience) = (self.bytes.clone(), self.patience);
+        let pieces = self.limits.limit(self.inner.read(locator, version, range)).await?;
+        let limits = self.limits.clone();
         let limited = stream::unfold(Some(pieces), move |pieces| {
-            let bytes = bytes.clone();
+            let limits = limits.clone();
             async move {
                 let mut pieces = pieces?;
-                let next = within(patience, async { pieces.next().await.transpose() }).await;
+                let next = within(limits.patience, async { pieces.next().await.transpose() }).await;
                 match next.transpose()? {
                     Ok(piece) => {
-                        bytes.take(piece.len() as u64).await;
+                        limits.bytes.take(piece.len() as u64).await;
                         Some((Ok(piece), Some(pieces)))
                     }
                     Err(e) => Some((Err(e), None)),
@@ -95,14 +123,14 @@ impl Backend for Limit {
     }
 
     async fn readlink(&self, locator: &Bytes) -> Result<Bytes> {
-        self.limit(self.inner.readlink(locator)).await
+        self.limits.limit(self.inner.readlink(locator)).await
     }
 
     async fn xattrs(&self, locator: &Bytes) -> Result<Vec<(Bytes, Bytes)>> {
-        self.limit(self.inner.xattrs(locator)).await
+        self.limits.limit(self.inner.xattrs(locator)).await
     }
 
     async fn statfs(&self) -> Result<FsStats> {
-        self.limit(self.inner.statfs()).await
+        self.limits.limit(self.inner.statfs()).await
     }
 }

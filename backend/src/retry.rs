@@ -7,6 +7,7 @@
 //! The mount's check ([`Backend::root`]) gets one `timeout` instead of the deadline, because a person waits for its message.
 
 use crate::count::{Counters, Request};
+use crate::tree::around::Around;
 use crate::{Backend, ByteStream, Capabilities, DynBackend, FsStats, ListPage};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -34,8 +35,8 @@ pub(crate) struct Retry {
     check: Duration,
 }
 
-/// How one source is retried; streams share it.
-struct Policy {
+/// How one source is retried; streams and trees share it.
+pub(crate) struct Policy {
     source: String,
     deadline: Duration,
     counters: Arc<Counters>,
@@ -43,7 +44,7 @@ struct Policy {
 }
 
 /// A run of failures without success in between.
-struct Outage {
+pub(crate) struct Outage {
     began: Instant,
     end: Instant,
     attempts: u32,
@@ -51,13 +52,13 @@ struct Outage {
 }
 
 impl Outage {
-    fn new(deadline: Duration) -> Outage {
+    pub(crate) fn new(deadline: Duration) -> Outage {
         let now = Instant::now();
         Outage { began: now, end: now + deadline, attempts: 0, last: None }
     }
 
     /// Runs one attempt, cut off when the outage has lasted too long.
-    async fn attempt<T>(&mut self, call: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(crate) async fn attempt<T>(&mut self, call: impl Future<Output = Result<T>>) -> Result<T> {
         self.attempts += 1;
         match timeout_at(self.end, call).await {
             Ok(answer) => answer,
@@ -66,7 +67,7 @@ impl Outage {
     }
 
     /// Takes a failure: waits until it is time for the next attempt, or says that there is none.
-    async fn failed(&mut self, policy: &Policy, request: Request, e: Error) -> Result<()> {
+    pub(crate) async fn failed(&mut self, policy: &Policy, request: Request, e: Error) -> Result<()> {
         if e.retry() == Verdict::Never {
             return Err(if self.attempts > 1 { self.name(e) } else { e });
         }
@@ -95,6 +96,29 @@ impl Outage {
 }
 
 impl Policy {
+    /// Retries for up to `deadline`; `source` names the origin in messages.
+    pub(crate) fn new(source: String, deadline: Duration, counters: Arc<Counters>) -> Policy {
+        Policy { source, deadline, counters, warned: Mutex::new(None) }
+    }
+
+    /// How long a call may take in all.
+    pub(crate) fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
+    async fn again<T, C>(&self, request: Request, mut call: impl FnMut() -> C) -> Result<T>
+    where
+        C: Future<Output = Result<T>>,
+    {
+        let mut outage = Outage::new(self.deadline);
+        loop {
+            match outage.attempt(call()).await {
+                Ok(answer) => return Ok(answer),
+                Err(e) => outage.failed(self, request, e).await?,
+            }
+        }
+    }
+
     fn warn(&self, e: &Error) {
         let now = Instant::now();
         {
@@ -108,31 +132,21 @@ impl Policy {
     }
 }
 
-impl Retry {
-    /// Retries calls of `inner` for up to `deadline`; `check` bounds [`Backend::root`]; `source` names the origin in messages.
-    pub(crate) fn new(
-        inner: DynBackend,
-        source: String,
-        deadline: Duration,
-        check: Duration,
-        counters: Arc<Counters>,
-    ) -> Retry {
-        let policy = Arc::new(Policy { source, deadline, counters, warned: Mutex::new(None) });
-        Retry { inner, policy, check }
-    }
-
-    async fn again<T, F, C>(&self, request: Request, mut call: F) -> Result<T>
+impl Around for Policy {
+    async fn around<T, F, C>(&self, request: Request, call: F) -> Result<T>
     where
-        F: FnMut() -> C,
-        C: Future<Output = Result<T>>,
+        T: Send,
+        F: FnMut() -> C + Send,
+        C: Future<Output = Result<T>> + Send,
     {
-        let mut outage = Outage::new(self.policy.deadline);
-        loop {
-            match outage.attempt(call()).await {
-                Ok(answer) => return Ok(answer),
-                Err(e) => outage.failed(&self.policy, request, e).await?,
-            }
-        }
+        self.again(request, call).await
+    }
+}
+
+impl Retry {
+    /// Retries calls of `inner`; `check` bounds [`Backend::root`].
+    pub(crate) fn new(inner: DynBackend, policy: Arc<Policy>, check: Duration) -> Retry {
+        Retry { inner, policy, check }
     }
 }
 
@@ -224,19 +238,19 @@ impl Backend for Retry {
     }
 
     async fn lookup(&self, dir: &Bytes, name: &[u8]) -> Result<Node> {
-        self.again(Request::Lookup, || self.inner.lookup(dir, name)).await
+        self.policy.again(Request::Lookup, || self.inner.lookup(dir, name)).await
     }
 
     async fn getattr(&self, locator: &Bytes) -> Result<Node> {
-        self.again(Request::Getattr, || self.inner.getattr(locator)).await
+        self.policy.again(Request::Getattr, || self.inner.getattr(locator)).await
     }
 
     async fn list(&self, dir: &Bytes, from: Option<Bytes>) -> Result<ListPage> {
-        self.again(Request::List, || self.inner.list(dir, from.clone())).await
+        self.policy.again(Request::List, || self.inner.list(dir, from.clone())).await
     }
 
     async fn read(&self, locator: &Bytes, version: &Bytes, range: Range<u64>) -> Result<ByteStream> {
-        let pieces = self.again(Request::Read, || self.inner.read(locator, version, range.clone())).await?;
+        let pieces = self.policy.again(Request::Read, || self.inner.read(locator, version, range.clone())).await?;
         let stream = Resumable {
             inner: self.inner.clone(),
             policy: self.policy.clone(),
@@ -257,14 +271,14 @@ impl Backend for Retry {
     }
 
     async fn readlink(&self, locator: &Bytes) -> Result<Bytes> {
-        self.again(Request::Other, || self.inner.readlink(locator)).await
+        self.policy.again(Request::Other, || self.inner.readlink(locator)).await
     }
 
     async fn xattrs(&self, locator: &Bytes) -> Result<Vec<(Bytes, Bytes)>> {
-        self.again(Request::Other, || self.inner.xattrs(locator)).await
+        self.policy.again(Request::Other, || self.inner.xattrs(locator)).await
     }
 
     async fn statfs(&self) -> Result<FsStats> {
-        self.again(Request::Other, || self.inner.statfs()).await
+        self.policy.again(Request::Other, || self.inner.statfs()).await
     }
 }

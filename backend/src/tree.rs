@@ -2,6 +2,10 @@
 //!
 //! Callers hold a lease on what they change (decision 0007), so a directory changes under nobody's feet but that of writers outside EFC.
 //! Every call ends within the source's `deadline` option. Errors are final unless their verdict says [`efc_common::Retry::Later`].
+//! `around` puts the policies of [`crate::connect`] around a tree, `settle` retries what must not happen twice.
+
+pub(crate) mod around;
+pub(crate) mod settle;
 
 use async_trait::async_trait;
 use bytes::Bytes;

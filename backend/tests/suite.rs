@@ -12,6 +12,8 @@ type Options<'a> = &'a [(&'a str, &'a str)];
 
 /// Five of a hundred calls fail, and as many streams end short or break.
 const FAULTS: &str = "error=0.05,short=0.05,reset=0.05,seed=20";
+/// Every fifth change is made and its answer lost.
+const LOST: &str = "error=0.05,reset=0.05,lost=0.2,seed=21";
 
 fn source(url: &str, options: Options, more: Options) -> SourceSpec {
     let options: BTreeMap<String, String> =
@@ -27,6 +29,31 @@ async fn run(url: &str, options: Options<'_>, store: &dyn suite::Store, faults: 
     let stats = origin.counters.stats();
     assert_eq!(faults, stats.retries > 20, "{stats:?}");
     assert!(stats.bytes > 100 << 20, "{stats:?}");
+}
+
+/// The suite of trees over the source at `url`, whose back is `dir`, plain or behind faults.
+async fn run_tree(url: &str, options: Options<'_>, dir: &Path, faults: bool) {
+    let more: Options = if faults { &[("fault", LOST)] } else { &[] };
+    let origin = connect_counted(&source(url, options, more), None).await.expect("connect");
+    suite::tree::run(&origin, dir).await;
+    let stats = origin.counters.stats();
+    assert_eq!(faults, stats.retries > 100, "{stats:?}");
+    assert!(stats.written > 16 << 20 && stats.requests["create"] > 100, "{stats:?}");
+}
+
+async fn file_tree(faults: bool) {
+    let dir = scratch("tree-file").expect("scratch");
+    run_tree(&format!("file://{}", dir.path().display()), &[], dir.path(), faults).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn file_tree_plain() {
+    file_tree(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn file_tree_with_lost_answers() {
+    file_tree(true).await;
 }
 
 async fn file(faults: bool) {

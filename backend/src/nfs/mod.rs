@@ -1,16 +1,20 @@
 //! NFSv3 in user space: a client of our own over the codecs of `nfs3_types`, no kernel NFS, no privileges but a reserved port where we may.
 //!
-//! `rpc` moves calls over several TCP connections, `mount` finds the root handle, `ops` are the procedures, `status` the one table of
-//! errors. This file makes a [`Backend`] of them: locator = file handle, version = fileid + ctime + mtime + size. READ is
+//! `rpc` moves calls over several TCP connections, `mount` finds the root handle, `ops` and `changes` are the procedures, `status` the one table of
+//! errors; `tree` changes the export, `open` are open files. This file makes a [`Backend`] of them: locator = file handle, version = fileid + ctime + mtime + size. READ is
 //! conditional although NFSv3 has no such thing: each reply carries the file's attributes, and one that does not match ends the stream.
 //! Reading needs the handle alone, so a worker never mounts. Names and handles are the server's word and are checked.
 
+mod changes;
 #[cfg(test)]
 mod fake;
 mod mount;
+mod open;
 mod ops;
+mod outgoing;
 mod rpc;
 mod status;
+mod tree;
 mod xdr;
 
 use crate::{Backend, ByteStream, Capabilities, FsStats, ListPage};
@@ -23,9 +27,11 @@ use efc_common::source::SourceSpec;
 use efc_common::{Error, Kind, Result};
 use futures::{StreamExt, TryStreamExt, stream};
 use nfs3_types::nfs3::{fattr3, ftype3, nfstime3};
+use open::KeptFiles;
 use ops::{Found, Place};
 use parking_lot::Mutex;
 use rpc::Client;
+use std::hash::RandomState;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,8 +41,8 @@ use tokio::sync::OnceCell;
 const CONNECTIONS: usize = 4;
 /// Most connections a source may ask for.
 const CONNECTIONS_MAX: usize = 64;
-/// Largest READ we send, bytes, if the server takes it (its rtmax).
-const READ_BYTES_MAX: u32 = 1024 * 1024;
+/// Largest READ or WRITE we send, bytes, if the server takes it (its rtmax, wtmax).
+const UNIT_BYTES_MAX: u32 = 1024 * 1024;
 /// READs in flight for one stream: hides the round trip and keeps all connections busy.
 const READ_AHEAD: usize = 4;
 /// LOOKUPs in flight for the entries of a page that came without attributes.
@@ -55,10 +61,21 @@ pub(crate) struct Nfs {
     root: Mutex<Option<Bytes>>,
 }
 
-/// What streams need after the call that made them.
+/// What streams and open files need after the call that made them.
 struct Shared {
     client: Client,
-    read_bytes: OnceCell<u32>,
+    units: OnceCell<Units>,
+    /// What the server may lose.
+    kept: KeptFiles,
+    /// Keys of the verifiers of CREATE.
+    keys: RandomState,
+}
+
+/// Bytes of one READ and one WRITE: what the server takes, cut at our own limit.
+#[derive(Debug, Clone, Copy)]
+struct Units {
+    read: u32,
+    write: u32,
 }
 
 impl Nfs {
@@ -73,7 +90,9 @@ impl Nfs {
             id: spec.id(),
             shared: Arc::new(Shared {
                 client: Client::new(ops::NFS, &spec.endpoint, connections, timeout),
-                read_bytes: OnceCell::new(),
+                units: OnceCell::new(),
+                kept: KeptFiles::default(),
+                keys: RandomState::new(),
             }),
             host: host.into(),
             mount_port: number(spec, "mount_port", u16::MAX as usize)?.map(|p| p as u16),
@@ -156,9 +175,7 @@ impl Backend for Nfs {
     }
 
     async fn lookup(&self, dir: &Bytes, name: &[u8]) -> Result<Node> {
-        if let Some(why) = unfit(name) {
-            return Err(Error::new(Kind::Invalid, format!("cannot look up a name: {why}")));
-        }
+        check_name(name)?;
         self.shared.resolve(dir, name).await
     }
 
@@ -204,7 +221,7 @@ impl Backend for Nfs {
         if range.is_empty() {
             return Ok(stream::empty().boxed());
         }
-        let unit = self.shared.read_unit(locator).await? as u64;
+        let unit = self.shared.units(locator).await?.read as u64;
         let (shared, locator, version) = (self.shared.clone(), locator.clone(), version.clone());
         let cuts = stream::iter(std::iter::successors(Some(range.start), move |at| Some((at / unit + 1) * unit)))
             .take_while({
@@ -240,13 +257,14 @@ impl Backend for Nfs {
 }
 
 impl Shared {
-    /// Bytes of one READ: what the server takes, cut at our own limit. Asked once.
-    async fn read_unit(&self, handle: &[u8]) -> Result<u32> {
+    /// Asked once.
+    async fn units(&self, handle: &[u8]) -> Result<Units> {
         let ask = || async {
             let info = ops::fsinfo(&self.client, handle).await?;
-            Ok(info.rtmax.clamp(4096, READ_BYTES_MAX))
+            let unit = |max: u32| max.clamp(4096, UNIT_BYTES_MAX);
+            Ok(Units { read: unit(info.rtmax), write: unit(info.wtmax) })
         };
-        self.read_bytes.get_or_try_init(ask).await.copied()
+        self.units.get_or_try_init(ask).await.copied()
     }
 
     async fn resolve(&self, dir: &[u8], name: &[u8]) -> Result<Node> {
@@ -292,6 +310,17 @@ fn unfit(name: &[u8]) -> Option<&'static str> {
         n if n.contains(&0) => Some("name contains NUL"),
         n if n.len() > 255 => Some("name longer than 255 bytes"),
         _ => None,
+    }
+}
+
+/// Fails unless `name` can be one.
+fn check_name(name: &[u8]) -> Result<()> {
+    match unfit(name) {
+        None => Ok(()),
+        Some(why) => {
+            let kind = if name.len() > 255 { Kind::NameTooLong } else { Kind::Invalid };
+            Err(Error::new(kind, format!("that is no name: {why}")))
+        }
     }
 }
 

@@ -63,7 +63,7 @@ pub(super) struct Piece {
 }
 
 /// A file handle as an argument.
-fn fh(handle: &[u8]) -> Result<nfs_fh3> {
+pub(super) fn fh(handle: &[u8]) -> Result<nfs_fh3> {
     if handle.is_empty() || handle.len() > HANDLE_BYTES_MAX {
         return Err(Error::new(Kind::Invalid, format!("{} bytes are no NFSv3 file handle", handle.len())));
     }
@@ -71,7 +71,7 @@ fn fh(handle: &[u8]) -> Result<nfs_fh3> {
 }
 
 /// A file handle in a reply. Copied: a slice would keep the whole reply alive as long as the inode.
-fn handle(r: &mut Reader) -> Result<Bytes> {
+pub(super) fn handle(r: &mut Reader) -> Result<Bytes> {
     let handle = r.opaque(HANDLE_BYTES_MAX)?;
     if handle.is_empty() {
         return Err(garbled("an empty file handle"));

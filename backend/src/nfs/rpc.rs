@@ -4,14 +4,17 @@
 //! writer task takes calls from a bounded queue, connects if need be, and sends what has queued up with one write; while a connection
 //! lives, a reader task cuts replies out of the stream and hands each to the caller that waits for its number (xid). Callers own the
 //! deadline: a call that is not answered in time fails, and takes the connection with it if nothing at all arrived since the call began.
+//! A failed call may have been executed unless its error is marked [`unsent`].
 //!
 //! What must stay true: a reply longer than [`REPLY_BYTES_MAX`] is refused before anything is allocated for it; a broken connection
 //! fails every call that was sent on it (all calls we make can be sent again); a caller that goes away leaves nothing behind in the
 //! table of waiting calls. READ data is never copied: a large reply is received into one buffer of its own size, and data handed
-//! out is a slice of it.
+//! out is a slice of it. WRITE data is never copied either: a call has a payload beside its frame, and both go out in one vectored write.
 
+use super::outgoing::Outgoing;
 use super::xdr::{Reader, garbled};
-use bytes::{BufMut, Bytes, BytesMut};
+use crate::tree::settle::unsent;
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result, Retry};
 use nfs3_types::rpc::{auth_flavor, auth_unix, call_body, msg_body, opaque_auth, rpc_msg};
@@ -54,6 +57,8 @@ pub(super) struct Program {
 struct Call {
     xid: u32,
     frame: BytesMut,
+    /// Opaque data that ends the call: its length is in the frame, its padding is not.
+    payload: Bytes,
     reply: oneshot::Sender<Result<Bytes>>,
 }
 
@@ -140,11 +145,19 @@ impl Client {
     /// time, [`Kind::PermissionDenied`] when it refused our credential, [`Kind::Unsupported`] for an unknown program or
     /// procedure, [`Kind::Corrupt`] for bytes that are no reply.
     pub(super) async fn call(&self, procedure: u32, arguments: &impl Pack) -> Result<Reader> {
+        self.call_with(procedure, arguments, Bytes::new()).await
+    }
+
+    /// As [`Client::call`]; `arguments` end with the length of `payload`, which follows them.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub(super) async fn call_with(&self, procedure: u32, arguments: &impl Pack, payload: Bytes) -> Result<Reader> {
         let (slot, queue) = &self.slots[self.turn.fetch_add(1, Relaxed) % self.slots.len()];
         let xid = self.xid.fetch_add(1, Relaxed);
-        let frame = self.encode(xid, procedure, arguments)?;
+        let frame = self.encode(xid, procedure, arguments, payload.len())?;
         let _forget = Forget(slot, xid);
-        let answer = timeout(self.timeout, exchange(slot, queue, xid, frame)).await;
+        let answer = timeout(self.timeout, exchange(slot, queue, xid, frame, payload)).await;
         let Ok(answer) = answer else {
             slot.doubt(xid);
             let text = format!("{} at {} did not answer within {:?}", self.program.name, self.address, self.timeout);
@@ -153,7 +166,7 @@ impl Client {
         accepted(answer?, self.program).map_err(|e| e.with("server", &self.address))
     }
 
-    fn encode(&self, xid: u32, procedure: u32, arguments: &impl Pack) -> Result<BytesMut> {
+    fn encode(&self, xid: u32, procedure: u32, arguments: &impl Pack, payload: usize) -> Result<BytesMut> {
         let message = rpc_msg {
             xid,
             body: msg_body::CALL(call_body {
@@ -165,8 +178,9 @@ impl Client {
                 verf: opaque_auth::default(),
             }),
         };
-        let len = message.packed_size() + arguments.packed_size();
-        let mut frame = BytesMut::with_capacity(len + 4).writer();
+        let head = message.packed_size() + arguments.packed_size();
+        let len = head + payload.next_multiple_of(4);
+        let mut frame = BytesMut::with_capacity(head + 4).writer();
         let packed = (|| {
             // Record mark: this is the last (and only) fragment, and its length.
             (len as u32 | 1 << 31).pack(&mut frame)?;
@@ -194,11 +208,11 @@ impl Slot {
     }
 
     /// Puts a call into the table of waiting calls and its bytes into `out`, unless its caller went away.
-    fn register(&self, connection: u64, call: Call, out: &mut BytesMut) {
+    fn register(&self, connection: u64, call: Call, out: &mut Outgoing) {
         if !call.reply.is_closed() {
             let waiting = Waiting { connection, sent: Instant::now(), reply: call.reply };
             self.waiting.lock().insert(call.xid, waiting);
-            out.extend_from_slice(&call.frame);
+            out.put(&call.frame, call.payload);
         }
     }
 
@@ -216,11 +230,11 @@ impl Slot {
     }
 }
 
-async fn exchange(slot: &Slot, queue: &mpsc::Sender<Call>, xid: u32, frame: BytesMut) -> Result<Bytes> {
+async fn exchange(slot: &Slot, queue: &mpsc::Sender<Call>, xid: u32, frame: BytesMut, payload: Bytes) -> Result<Bytes> {
     let stopping = || Error::new(Kind::Cancelled, "the NFS client is stopping");
     let _permit = slot.permits.acquire().await.map_err(|_| stopping())?;
     let (reply, answer) = oneshot::channel();
-    queue.send(Call { xid, frame, reply }).await.map_err(|_| stopping())?;
+    queue.send(Call { xid, frame, payload, reply }).await.map_err(|_| stopping())?;
     answer.await.map_err(|_| stopping())?
 }
 
@@ -303,7 +317,7 @@ async fn write_calls(slot: Arc<Slot>, mut calls: mpsc::Receiver<Call>, tasks: Ta
         let (read, mut write) = stream.into_split();
         let (broken, mut is_broken) = oneshot::channel();
         tasks.spawn(read_replies(slot.clone(), number, read, broken));
-        let mut out = BytesMut::new();
+        let mut out = Outgoing::default();
         slot.register(number, first, &mut out);
         let why = tokio::select! {
             // In this order: calls that wait in the queue are not sent on a connection that is known to be bad.
@@ -321,7 +335,7 @@ async fn write_calls(slot: Arc<Slot>, mut calls: mpsc::Receiver<Call>, tasks: Ta
 
 fn refuse(call: Call, e: &Error) {
     // A caller that went away meanwhile does not mind.
-    let _ = call.reply.send(Err(Error::new(e.kind(), e.to_string()).with_retry(e.retry())));
+    let _ = call.reply.send(Err(unsent(e.share())));
 }
 
 /// Sends `out`, and then calls as they come, as many as there are with one write; returns why it cannot go on.
@@ -330,17 +344,17 @@ async fn send_all(
     connection: u64,
     write: &mut OwnedWriteHalf,
     calls: &mut mpsc::Receiver<Call>,
-    mut out: BytesMut,
+    mut out: Outgoing,
 ) -> String {
     loop {
-        match timeout(slot.timeout, write.write_all(&out)).await {
-            Ok(Ok(())) => out.clear(),
+        match timeout(slot.timeout, write.write_all_buf(&mut out)).await {
+            Ok(Ok(())) => {}
             Ok(Err(e)) => return e.to_string(),
             Err(_) => return format!("it took nothing for {:?}", slot.timeout),
         }
         let Some(call) = calls.recv().await else { return "the client is stopping".into() };
         slot.register(connection, call, &mut out);
-        while out.len() < BATCH_BYTES
+        while out.remaining() < BATCH_BYTES
             && let Ok(call) = calls.try_recv()
         {
             slot.register(connection, call, &mut out);
