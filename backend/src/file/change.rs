@@ -27,6 +27,14 @@ const SETGID: u32 = 0o2000;
 
 #[async_trait]
 impl Tree for File {
+    fn keeps_removed(&self) -> bool {
+        true
+    }
+
+    fn child(&self, dir: &Bytes, name: &[u8]) -> Option<Bytes> {
+        Some(self.root.join(dir, name))
+    }
+
     async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node> {
         let (dir, name, new) = (dir.clone(), name.to_vec(), new.clone());
         self.run(move |root| root.create(&dir, &name, &new)).await

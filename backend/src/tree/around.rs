@@ -39,6 +39,14 @@ impl<P: Around> Decorated<P> {
 
 #[async_trait]
 impl<P: Around> Tree for Decorated<P> {
+    fn keeps_removed(&self) -> bool {
+        self.inner.keeps_removed()
+    }
+
+    fn child(&self, dir: &Bytes, name: &[u8]) -> Option<Bytes> {
+        self.inner.child(dir, name)
+    }
+
     async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node> {
         self.policy.around(Request::Create, || self.inner.create(dir, name, new)).await
     }

@@ -126,6 +126,14 @@ impl Settled {
 
 #[async_trait]
 impl Tree for Settled {
+    fn keeps_removed(&self) -> bool {
+        self.inner.keeps_removed()
+    }
+
+    fn child(&self, dir: &Bytes, name: &[u8]) -> Option<Bytes> {
+        self.inner.child(dir, name)
+    }
+
     async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node> {
         let look = |e: Error| async move {
             if !e.is(Kind::AlreadyExists) {

@@ -31,7 +31,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 /// A file's attributes never change under its node, so the kernel may keep them as long as it likes.
 const FILE_ATTR_TTL: Duration = Duration::from_secs(30 * 86400);
@@ -160,11 +160,23 @@ fn errno_of(e: &Error) -> Errno {
     Errno(errno::errno(e.kind()))
 }
 
-/// One line for an error that an application is about to see.
+/// One line for an error that an application is about to see, unless it is its own doing.
 fn log(operation: &'static str, inode: &Inode, e: &Error) {
     match e.kind() {
-        Kind::NotFound | Kind::NoData | Kind::Unsupported => {}
         Kind::Stale => info!(operation, path = inode.path(), error = %e, "file changed at the origin"),
+        Kind::NotFound
+        | Kind::AlreadyExists
+        | Kind::NotADirectory
+        | Kind::IsADirectory
+        | Kind::NotEmpty
+        | Kind::NotPermitted
+        | Kind::Invalid
+        | Kind::Unsupported
+        | Kind::NoData
+        | Kind::NameTooLong
+        | Kind::OutOfRange
+        | Kind::CrossDevice
+        | Kind::Deadlock => debug!(operation, path = inode.path(), error = %e, "refused"),
         _ => warn!(operation, path = inode.path(), error = %e, "operation failed"),
     }
 }
