@@ -46,6 +46,13 @@ async fn file_tree(faults: bool) {
     run_tree(&format!("file://{}", dir.path().display()), &[], dir.path(), faults).await;
 }
 
+async fn nfs_tree(faults: bool) {
+    let dir = scratch("tree-nfs").expect("scratch");
+    let server = Ganesha::start(dir.path()).expect("ganesha");
+    let port = server.mount_port().to_string();
+    run_tree(&server.url(), &[("mount_port", &port)], dir.path(), faults).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn file_tree_plain() {
     file_tree(false).await;
@@ -54,6 +61,16 @@ async fn file_tree_plain() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn file_tree_with_lost_answers() {
     file_tree(true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nfs_tree_plain() {
+    nfs_tree(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nfs_tree_with_lost_answers() {
+    nfs_tree(true).await;
 }
 
 async fn file(faults: bool) {
