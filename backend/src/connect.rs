@@ -377,7 +377,7 @@ mod tests {
         assert!(open.read(0..LEN as u64).await.expect("read") == rig.data);
         assert!((8.5..9.9).contains(&began.elapsed().as_secs_f64()), "{:?}", began.elapsed());
         let stats = rig.origin.counters.stats();
-        assert_eq!((stats.written, stats.bytes, stats.retries), (LEN as u64, LEN as u64, 2), "{stats:?}");
+        assert_eq!((stats.bytes_sent, stats.bytes, stats.retries), (LEN as u64, LEN as u64, 2), "{stats:?}");
         assert_eq!((stats.requests["write"], stats.requests["sync"]), (3, 1), "{stats:?}");
     }
 

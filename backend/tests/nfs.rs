@@ -201,7 +201,7 @@ async fn restarts_in_the_middle_of_writes_lose_nothing() {
     assert_eq!((synced.attr.size as usize, synced.attr.uid), (data.len(), Some(1234)));
     assert!(std::fs::read(rig.dir.path().join("new")).expect("behind") == data, "the bytes differ");
     let stats = origin.counters.stats();
-    assert!(stats.written as usize == data.len() && stats.retries > 0, "{stats:?}");
+    assert!(stats.bytes_sent as usize == data.len() && stats.retries > 0, "{stats:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

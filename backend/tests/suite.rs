@@ -38,7 +38,7 @@ async fn run_tree(url: &str, options: Options<'_>, dir: &Path, faults: bool) {
     suite::tree::run(&origin, dir).await;
     let stats = origin.counters.stats();
     assert_eq!(faults, stats.retries > 100, "{stats:?}");
-    assert!(stats.written > 16 << 20 && stats.requests["create"] > 100, "{stats:?}");
+    assert!(stats.bytes_sent > 16 << 20 && stats.requests["create"] > 100, "{stats:?}");
 }
 
 async fn file_tree(faults: bool) {

@@ -425,7 +425,7 @@ impl Disk {
         }
         self.log.push((call.procedure, stable));
         self.calls += 1;
-        if self.restart_every.is_some_and(|n| self.calls % n == 0) {
+        if self.restart_every.is_some_and(|n| self.calls.is_multiple_of(n)) {
             self.restart();
         }
         Answer::Results(results.0)

@@ -116,7 +116,7 @@ impl Kept {
         let _alone = self.gate.write().await;
         let n = self.pieces.lock().len();
         tracing::warn!(server = client.address(), pieces = n, "the server restarted, sending uncommitted data again");
-        counter!("efc_nfs_resent_pieces_total").increment(n as u64);
+        counter!("efc_nfs_resent_total").increment(n as u64);
         for i in 0..n {
             let (mut offset, mut data) = {
                 let pieces = self.pieces.lock();
