@@ -139,6 +139,7 @@ mod tests {
     use super::*;
     use crate::fault::{Cut, Script};
     use crate::suite::content;
+    use crate::tree::{New, NewNode, RenameMode};
     use efc_common::Retry as Verdict;
     use efc_common::node::Node;
     use efc_common::source::SecretRef;
@@ -294,6 +295,90 @@ mod tests {
             rig.origin.backend.getattr(&node.locator).await.expect("getattr");
         }
         assert!((2.9..3.5).contains(&began.elapsed().as_secs_f64()), "{:?}", began.elapsed());
+    }
+
+    fn new(what: New) -> NewNode {
+        NewNode { what, mode: 0o700, uid: 0, gid: 0 }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_whose_answer_was_lost_is_done_once() {
+        let rig = rig_with(seconds(15, 60));
+        let (tree, root) = (rig.origin.tree.clone().expect("a tree"), rig.origin.backend.root().await.expect("root"));
+        let dir = &root.locator;
+        for (i, what) in [New::File, New::Directory, New::Symlink("x".into()), New::Fifo].into_iter().enumerate() {
+            let (name, to) = (format!("new-{i}").into_bytes(), format!("moved-{i}").into_bytes());
+            rig.script.lose_next(2);
+            let made = tree.create(dir, &name, &new(what.clone())).await.expect("create");
+            let refused = tree.create(dir, &name, &new(what.clone())).await.expect_err("it is there");
+            assert!(refused.is(Kind::AlreadyExists), "{refused:?}");
+            if what != New::Directory {
+                rig.script.lose_next(1);
+                assert_eq!(tree.link(&made.locator, dir, &to).await.expect("link").attr.nlink, 2);
+                tree.remove(dir, &to, false).await.expect("remove");
+            }
+            for mode in [RenameMode::Replace, RenameMode::NoReplace, RenameMode::Exchange] {
+                let (from, to) = ((dir, &name[..]), (dir, &to[..]));
+                if mode == RenameMode::Exchange {
+                    tree.create(dir, to.1, &new(New::File)).await.expect("create");
+                }
+                rig.script.lose_next(1);
+                assert_eq!(tree.rename(from, to, mode).await.expect("rename").attr.fileid, made.attr.fileid);
+                if mode == RenameMode::Exchange {
+                    tree.remove(dir, from.1, false).await.expect("remove");
+                }
+                tree.rename(to, from, RenameMode::NoReplace).await.expect("back");
+            }
+            rig.script.lose_next(1);
+            tree.remove(dir, &name, what == New::Directory).await.expect("remove");
+            let gone = tree.remove(dir, &name, what == New::Directory).await.expect_err("it is gone");
+            assert!(gone.is(Kind::NotFound), "{gone:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_there_before_is_not_taken_for_ours() {
+        let rig = rig_with(seconds(4, 60));
+        let (tree, root) = (rig.origin.tree.clone().expect("a tree"), rig.origin.backend.root().await.expect("root"));
+        let dir = &root.locator;
+        let file = rig.file().await;
+        tree.create(dir, b"mine", &new(New::File)).await.expect("create");
+        // Certainly not executed: the refusal is believed although the file looks right.
+        rig.script.fail_next(2, Kind::Unavailable);
+        let refused = tree.create(dir, b"mine", &new(New::File)).await.expect_err("it is there");
+        assert!(refused.is(Kind::AlreadyExists), "{refused:?}");
+        rig.script.fail_next(2, Kind::Unavailable);
+        assert!(tree.remove(dir, b"absent", false).await.is_err_and(|e| e.is(Kind::NotFound)));
+        // Perhaps executed: but what is there is not what was wanted.
+        for what in [New::File, New::Directory, New::Symlink("x".into()), New::CharDevice(1)] {
+            rig.script.stall_next();
+            let refused = tree.create(dir, b"f", &new(what)).await.expect_err("it is there");
+            assert!(refused.is(Kind::AlreadyExists), "{refused:?}");
+        }
+        rig.script.stall_next();
+        let refused = tree.link(&file.locator, dir, b"mine").await.expect_err("it is there");
+        assert!(refused.is(Kind::AlreadyExists), "{refused:?}");
+        rig.script.stall_next();
+        let refused = tree.rename((dir, b"mine"), (dir, b"f"), RenameMode::NoReplace).await.expect_err("it is there");
+        assert!(refused.is(Kind::AlreadyExists), "{refused:?}");
+        assert!(rig.read(&rig.file().await).await.expect("read") == rig.data);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_open_file_is_under_the_same_policies() {
+        let rig = rig_with(Settings { bandwidth: 1 << 20, ..seconds(15, 60) });
+        let tree = rig.origin.tree.clone().expect("a tree");
+        let open = tree.open(&rig.file().await.locator, true).await.expect("open");
+        let began = Instant::now();
+        rig.script.fail_next(1, Kind::Unavailable);
+        rig.script.lose_next(1);
+        open.write(0, rig.data.clone().into()).await.expect("write");
+        open.sync(false).await.expect("sync");
+        assert!(open.read(0..LEN as u64).await.expect("read") == rig.data);
+        assert!((8.5..9.9).contains(&began.elapsed().as_secs_f64()), "{:?}", began.elapsed());
+        let stats = rig.origin.counters.stats();
+        assert_eq!((stats.bytes_sent, stats.bytes, stats.retries), (LEN as u64, LEN as u64, 2), "{stats:?}");
+        assert_eq!((stats.requests["write"], stats.requests["sync"]), (3, 1), "{stats:?}");
     }
 
     #[tokio::test]

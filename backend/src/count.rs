@@ -36,11 +36,8 @@ pub(crate) enum Request {
     Other,
 }
 
-/// Kinds of request.
-const KINDS: usize = 12;
-
 /// In the order of [`Request`].
-const REQUESTS: [Request; KINDS] = [
+const REQUESTS: [Request; 12] = [
     Request::Lookup,
     Request::Getattr,
     Request::List,
@@ -94,8 +91,8 @@ pub struct OriginStats {
     pub retries: u64,
     /// Content bytes received.
     pub bytes: u64,
-    /// Content bytes written.
-    pub written: u64,
+    /// Content bytes sent, in requests that succeeded.
+    pub bytes_sent: u64,
 }
 
 /// Counters of one request kind.
@@ -109,13 +106,13 @@ struct Series {
 
 /// The counters of one origin; shared by the decorators that count.
 pub struct Counters {
-    series: [Series; KINDS],
+    series: [Series; REQUESTS.len()],
     errors: AtomicU64,
     retries: AtomicU64,
     received: AtomicU64,
     bytes: Counter,
     written: AtomicU64,
-    written_bytes: Counter,
+    sent_bytes: Counter,
 }
 
 impl Counters {
@@ -139,7 +136,7 @@ impl Counters {
             received: zero(),
             bytes: counter!("efc_origin_bytes_total"),
             written: zero(),
-            written_bytes: counter!("efc_origin_written_bytes_total"),
+            sent_bytes: counter!("efc_origin_sent_bytes_total"),
         }
     }
 
@@ -157,7 +154,7 @@ impl Counters {
             errors: self.errors.load(Relaxed),
             retries: self.retries.load(Relaxed),
             bytes: self.received.load(Relaxed),
-            written: self.written.load(Relaxed),
+            bytes_sent: self.written.load(Relaxed),
         }
     }
 
@@ -212,7 +209,7 @@ impl Around for Counters {
             self.received(bytes);
         } else {
             self.written.fetch_add(bytes, Relaxed);
-            self.written_bytes.increment(bytes);
+            self.sent_bytes.increment(bytes);
         }
     }
 }

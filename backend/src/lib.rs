@@ -2,7 +2,7 @@
 //!
 //! [`Backend`] is what a worker (on a miss) and a FUSE client (metadata of NAS, and everything while no worker answers) call.
 //! Implementations are plain protocol clients; retries, limits, counters and injected faults are decorators of the same
-//! trait ([`connect`] stacks them, visibly, in one place). One suite ([`suite`]) is run over every implementation against a
+//! trait ([`connect`] stacks them, visibly, in one place). What changes an origin has traits of its own: [`tree`] and [`objects`]. One suite ([`suite`]) is run over every implementation against a
 //! real server, its tests chosen by the declared [`Capabilities`].
 
 pub mod connect;

@@ -5,6 +5,7 @@
 //! be empty, and its root what the source's path names. Nothing here knows whether faults are injected below. What changes a tree is checked
 //! by [`tree`].
 
+mod open;
 pub mod tree;
 
 use crate::DynBackend;

@@ -1,14 +1,20 @@
 //! NFS against a real server in trouble: restarts, silence, refusals. What every origin must do is in `suite.rs`.
 
+use bytes::Bytes;
+use efc_backend::connect::{Connected, connect_counted};
 use efc_backend::suite::content;
+use efc_backend::tree::{New, NewNode};
 use efc_backend::{DynBackend, connect};
 use efc_common::node::Node;
 use efc_common::source::{SecretRef, SourceSpec};
 use efc_common::{Kind, Result};
+use efc_testkit::ganesha::GaneshaOptions;
 use efc_testkit::port::Port;
 use efc_testkit::{Ganesha, scratch};
 use futures::TryStreamExt;
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -40,6 +46,13 @@ impl Rig {
         let stream = backend.read(&file.locator, &file.version, 0..LEN as u64).await?;
         Ok(stream.try_collect::<Vec<_>>().await?.concat())
     }
+}
+
+async fn connected(server: &Ganesha, options: &[(&str, &str)]) -> Connected {
+    let port = server.mount_port().to_string();
+    let all = options.iter().chain(&[("mount_port", &port[..])]).map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    let spec = SourceSpec::parse(&server.url(), all, SecretRef::Anonymous).expect("a source");
+    connect_counted(&spec, None).await.expect("connect")
 }
 
 async fn open(url: &str, mount_port: u16, options: &[(&str, &str)]) -> DynBackend {
@@ -80,7 +93,7 @@ async fn a_restart_of_the_server_costs_a_pause() {
     };
     got.extend_from_slice(&data.concat());
     assert!(got == rig.data, "the bytes differ");
-    assert_eq!(back, file, "handles survive a restart");
+    assert_eq!((back.locator, back.version), (file.locator, file.version), "handles survive a restart");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -138,4 +151,74 @@ async fn a_source_that_cannot_be_mounted_says_why() {
     assert!(began.elapsed() < Duration::from_secs(5));
     let e = open("nfs://no-such-host.invalid/x", 1, &quick).await.root().await.expect_err("no host");
     assert!(e.to_string().contains("no-such-host.invalid"), "{e}");
+}
+
+/// Kills the server and starts it again, off the async threads.
+async fn crash(mut rig: Rig) -> Rig {
+    let work = move || {
+        rig.server.kill();
+        rig.server.restart().expect("restart");
+        rig
+    };
+    tokio::task::spawn_blocking(work).await.expect("restarted")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn restarts_in_the_middle_of_writes_lose_nothing() {
+    const PIECE: usize = 96 << 10;
+    const COUNT: usize = 512;
+    let mut rig = Rig::start();
+    let origin = connected(&rig.server, &[("timeout", "5s"), ("deadline", "60s")]).await;
+    let (backend, tree) = (origin.backend, origin.tree.expect("a tree"));
+    let root = backend.root().await.expect("root");
+    let new = NewNode { what: New::File, mode: 0o644, uid: 1234, gid: 4321 };
+    let node = tree.create(&root.locator, b"new", &new).await.expect("create");
+    let open = tree.open(&node.locator, true).await.expect("open");
+    let data = content(9, PIECE * COUNT);
+    let done = Arc::new(AtomicUsize::new(0));
+    let writer = tokio::spawn({
+        let (data, done) = (Bytes::from(data.clone()), done.clone());
+        async move {
+            for i in 0..COUNT {
+                open.write((i * PIECE) as u64, data.slice(i * PIECE..(i + 1) * PIECE)).await.expect("write");
+                done.fetch_add(1, SeqCst);
+            }
+            // The last restart falls between the last write and the sync.
+            while done.load(SeqCst) <= COUNT {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            open.sync(false).await.expect("sync")
+        }
+    });
+    for at in [COUNT / 4, COUNT / 2, COUNT] {
+        while done.load(SeqCst) < at {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        rig = crash(rig).await;
+    }
+    done.fetch_add(1, SeqCst);
+    let synced = writer.await.expect("the writer");
+    assert_eq!((synced.attr.size as usize, synced.attr.uid), (data.len(), Some(1234)));
+    assert!(std::fs::read(rig.dir.path().join("new")).expect("behind") == data, "the bytes differ");
+    let stats = origin.counters.stats();
+    assert!(stats.bytes_sent as usize == data.len() && stats.retries > 0, "{stats:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_squashes_root_refuses_to_give_files_away_and_says_so() {
+    let dir = scratch("nfs-squash").expect("scratch");
+    rustix::fs::chmod(dir.path(), rustix::fs::Mode::from_raw_mode(0o777)).expect("chmod");
+    let options = GaneshaOptions { root_squash: true, ..GaneshaOptions::default() };
+    let server = Ganesha::start_with(dir.path(), &options).expect("ganesha");
+    let origin = connected(&server, &[("timeout", "5s")]).await;
+    let (root, tree) = (origin.backend.root().await.expect("root"), origin.tree.expect("a tree"));
+    let new = NewNode { what: New::File, mode: 0o644, uid: 1234, gid: 4321 };
+    let e = tree.create(&root.locator, b"new", &new).await.expect_err("squashed");
+    assert!(e.is(Kind::PermissionDenied) && e.to_string().contains("no_root_squash"), "{e:?}");
+    assert_eq!(std::fs::read_dir(dir.path()).expect("list").count(), 0, "nothing is left behind");
+    // Ganesha lets us name the owner in the call that makes a directory; another server may refuse.
+    match tree.create(&root.locator, b"dir", &NewNode { what: New::Directory, ..new }).await {
+        Ok(node) => assert_eq!((node.attr.uid, node.attr.gid), (Some(1234), Some(4321))),
+        Err(e) => assert!(e.is(Kind::PermissionDenied), "{e:?}"),
+    }
 }

@@ -38,12 +38,19 @@ async fn run_tree(url: &str, options: Options<'_>, dir: &Path, faults: bool) {
     suite::tree::run(&origin, dir).await;
     let stats = origin.counters.stats();
     assert_eq!(faults, stats.retries > 100, "{stats:?}");
-    assert!(stats.written > 16 << 20 && stats.requests["create"] > 100, "{stats:?}");
+    assert!(stats.bytes_sent > 16 << 20 && stats.requests["create"] > 100, "{stats:?}");
 }
 
 async fn file_tree(faults: bool) {
     let dir = scratch("tree-file").expect("scratch");
     run_tree(&format!("file://{}", dir.path().display()), &[], dir.path(), faults).await;
+}
+
+async fn nfs_tree(faults: bool) {
+    let dir = scratch("tree-nfs").expect("scratch");
+    let server = Ganesha::start(dir.path()).expect("ganesha");
+    let port = server.mount_port().to_string();
+    run_tree(&server.url(), &[("mount_port", &port)], dir.path(), faults).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -54,6 +61,16 @@ async fn file_tree_plain() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn file_tree_with_lost_answers() {
     file_tree(true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nfs_tree_plain() {
+    nfs_tree(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nfs_tree_with_lost_answers() {
+    nfs_tree(true).await;
 }
 
 async fn file(faults: bool) {

@@ -257,3 +257,88 @@ fn regular(fd: BorrowedFd<'_>, locator: &[u8]) -> Result<()> {
         _ => Err(Error::new(Kind::Invalid, format!("`{}` is no regular file", show(locator)))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Backend;
+    use efc_common::source::{SecretRef, SourceSpec};
+
+    fn tree(dir: &std::path::Path) -> File {
+        let url = format!("file://{}", dir.display());
+        File::new(&SourceSpec::parse(&url, Default::default(), SecretRef::Anonymous).expect("a source"))
+    }
+
+    fn locator(dir: &std::path::Path, below: &str) -> Bytes {
+        Bytes::from(dir.join(below).into_os_string().into_encoded_bytes())
+    }
+
+    fn new(what: New) -> NewNode {
+        NewNode { what, mode: 0o600, uid: 0, gid: 0 }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_changed_through_a_symbolic_link() {
+        let outside = tempfile::tempdir().expect("outside");
+        std::fs::write(outside.path().join("file"), "content").expect("file");
+        let before = std::fs::metadata(outside.path().join("file")).expect("metadata");
+        let dir = tempfile::tempdir().expect("dir");
+        std::os::unix::fs::symlink(outside.path(), dir.path().join("door")).expect("link");
+        std::os::unix::fs::symlink(outside.path().join("file"), dir.path().join("link")).expect("link");
+        std::fs::write(dir.path().join("own"), "own").expect("file");
+        let t = tree(dir.path());
+        let (root, door, link) =
+            (t.root().await.expect("root").locator, locator(dir.path(), "door"), locator(dir.path(), "link"));
+        let through = locator(dir.path(), "door/file");
+        let mode = Change { mode: Some(0o777), size: Some(0), ..Change::default() };
+        for what in [New::File, New::Directory, New::Fifo] {
+            assert!(t.create(&door, b"x", &new(what)).await.is_err());
+        }
+        assert!(t.remove(&door, b"file", false).await.is_err());
+        assert!(t.rename((&door, b"file"), (&root, b"x"), RenameMode::Replace).await.is_err());
+        assert!(t.rename((&root, b"own"), (&door, b"x"), RenameMode::Replace).await.is_err());
+        assert!(t.link(&through, &root, b"x").await.is_err());
+        assert!(t.set_attr(&through, &mode).await.is_err_and(|e| e.is(Kind::Stale)));
+        assert!(t.set_attr(&link, &mode).await.is_err());
+        assert!(t.set_xattr(&through, b"user.x", b"", 0).await.is_err());
+        for bad in [&through, &link, &door] {
+            assert!(t.open(bad, true).await.is_err());
+        }
+        // What is at a name already is never written through.
+        assert!(t.create(&root, b"link", &new(New::File)).await.is_err_and(|e| e.is(Kind::AlreadyExists)));
+        let after = std::fs::metadata(outside.path().join("file")).expect("metadata");
+        assert_eq!(std::fs::read_dir(outside.path()).expect("list").count(), 1);
+        assert_eq!((after.len(), after.permissions()), (before.len(), before.permissions()));
+        t.remove(&root, b"door", false).await.expect("the link itself");
+        assert!(outside.path().exists());
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_finished_is_not_left_behind() {
+        let dir = tempfile::tempdir().expect("dir");
+        let t = tree(dir.path());
+        let root = t.root().await.expect("root").locator;
+        for what in [New::File, New::Directory, New::Symlink("x".into()), New::Fifo] {
+            let nobody = NewNode { uid: u32::MAX, ..new(what) };
+            assert!(t.create(&root, b"half", &nobody).await.is_err_and(|e| e.is(Kind::Invalid)));
+            assert_eq!(std::fs::read_dir(dir.path()).expect("list").count(), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_open_file_needs_no_name() {
+        let dir = tempfile::tempdir().expect("dir");
+        let t = tree(dir.path());
+        let root = t.root().await.expect("root").locator;
+        let made = t.create(&root, b"file", &new(New::File)).await.expect("create");
+        let open = t.open(&made.locator, true).await.expect("open");
+        t.remove(&root, b"file", false).await.expect("remove");
+        let node = open.write(0, Bytes::from_static(b"content")).await.expect("write");
+        assert_eq!((node.attr.nlink, node.attr.size, node.locator), (0, 7, made.locator));
+        let change = Change { size: Some(3), mode: Some(0o640), uid: Some(5), ..Change::default() };
+        let attr = open.set_attr(&change).await.expect("set").attr;
+        assert_eq!((attr.size, attr.mode, attr.uid), (3, Some(0o640), Some(5)));
+        assert_eq!(open.read(0..10).await.expect("read"), &b"con"[..]);
+        open.sync(false).await.expect("sync");
+    }
+}

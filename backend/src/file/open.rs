@@ -121,7 +121,7 @@ impl OpenFile for Opened {
     }
 
     async fn attr(&self) -> Result<Node> {
-        self.run(|fd, locator| look(fd, locator)).await
+        self.run(look).await
     }
 
     async fn set_attr(&self, change: &Change) -> Result<Node> {

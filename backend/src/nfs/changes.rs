@@ -208,6 +208,23 @@ mod tests {
         assert_eq!(out[12..], [0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 2, 0, 0, 0, 5]);
     }
 
+    /// What [`create`] relies on, of a real server.
+    #[tokio::test]
+    async fn a_server_knows_its_own_file_by_the_verifier() {
+        let dir = efc_testkit::scratch("exclusive").expect("scratch");
+        let server = efc_testkit::Ganesha::start(dir.path()).expect("ganesha");
+        let timeout = std::time::Duration::from_secs(5);
+        let port = Some(server.mount_port());
+        let path = dir.path().to_str().expect("utf-8");
+        let root = super::super::mount::mount("127.0.0.1", port, path, timeout).await.expect("mount").handle;
+        let client = Client::new(super::super::ops::NFS, &format!("127.0.0.1:{}", server.port()), 1, timeout);
+        let first = create(&client, &root, b"file", [7; 8]).await.expect("create");
+        let again = create(&client, &root, b"file", [7; 8]).await.expect("the same again");
+        assert_eq!(first.handle.expect("a handle"), again.handle.expect("a handle"));
+        let other = create(&client, &root, b"file", [8; 8]).await;
+        assert!(other.is_err_and(|e| e.is(Kind::AlreadyExists)));
+    }
+
     proptest! {
         #[test]
         fn any_reply_ends_in_a_value_or_an_error(list in proptest::collection::vec(prop_oneof![0u32..3, any::<u32>()], 0..80)) {

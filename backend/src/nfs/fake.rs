@@ -3,6 +3,7 @@
 use super::xdr::Reader;
 use super::{Nfs, node};
 use crate::Backend;
+use crate::tree::{Change, New, NewNode, Tree};
 use bytes::{Bytes, BytesMut};
 use efc_common::node::Node;
 use efc_common::source::{SecretRef, SourceSpec};
@@ -168,9 +169,9 @@ impl Results {
     }
 }
 
-/// FSINFO with this rtmax.
-fn fsinfo(rtmax: u32) -> Answer {
-    Answer::Results(Results::default().words(&[0, 0, rtmax, rtmax, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]).0)
+/// FSINFO with this rtmax and wtmax.
+fn fsinfo(most: u32) -> Answer {
+    Answer::Results(Results::default().words(&[0, 0, most, most, 1, most, most, 1, 0, 0, 0, 0, 0, 0]).0)
 }
 
 fn read_ok(attributes: Option<fattr3>, data: &[u8], eof: bool) -> Vec<u8> {
@@ -366,4 +367,216 @@ async fn jukebox_means_later() {
     let server = Fake::start(|_| Answer::Results(Results::default().words(&[10008, 0]).0));
     let e = server.await.client(&[]).lookup(&dir(), b"x").await.expect_err("jukebox");
     assert_eq!((e.kind(), e.retry()), (Kind::Unavailable, Retry::Later));
+}
+
+/// A server that takes writes into its memory, and forgets them when it restarts.
+#[derive(Default)]
+struct Disk {
+    stable: Vec<u8>,
+    memory: Vec<u8>,
+    /// Its restarts so far: the verifier.
+    boots: u32,
+    /// After how many more calls it restarts, again and again.
+    restart_every: Option<usize>,
+    calls: usize,
+    /// Procedures called, and of WRITE whether it was to be stable.
+    log: Vec<(u32, bool)>,
+}
+
+impl Disk {
+    fn restart(&mut self) {
+        self.memory = self.stable.clone();
+        self.boots += 1;
+    }
+
+    fn answer(&mut self, call: Call) -> Answer {
+        let mut r = call.arguments;
+        let mut results = Results::default().words(&[0]);
+        let mut stable = false;
+        match call.procedure {
+            1 => results = results.with(attributes(self.memory.len() as u64, 1)),
+            2 => {
+                // Sets the size to 10, whatever was asked.
+                self.memory.resize(10, 0);
+                self.stable = self.memory.clone();
+                results = results.words(&[0, 0]);
+            }
+            7 => {
+                r.opaque(64).expect("handle");
+                let (at, count) = (r.u64().expect("offset") as usize, r.u32().expect("count"));
+                stable = r.u32().expect("stable") == 2;
+                let data = r.opaque(1 << 20).expect("data");
+                assert_eq!((data.len() as u32, r.0.len()), (count, 0));
+                // It takes at most 1000 bytes of a small piece.
+                let data = if data.len() < 4096 { data.slice(..data.len().min(1000)) } else { data };
+                self.memory.resize(self.memory.len().max(at + data.len()), 0);
+                self.memory[at..at + data.len()].copy_from_slice(&data);
+                if stable {
+                    self.stable = self.memory.clone();
+                }
+                results = results.words(&[0, 0, data.len() as u32, if stable { 2 } else { 0 }, 0, self.boots]);
+            }
+            19 => return fsinfo(1 << 20),
+            21 => {
+                self.stable = self.memory.clone();
+                results = results.words(&[0, 0, 0, self.boots]);
+            }
+            other => panic!("procedure {other}"),
+        }
+        self.log.push((call.procedure, stable));
+        self.calls += 1;
+        if self.restart_every.is_some_and(|n| self.calls.is_multiple_of(n)) {
+            self.restart();
+        }
+        Answer::Results(results.0)
+    }
+}
+
+async fn disk() -> (Fake, Nfs, Arc<parking_lot::Mutex<Disk>>) {
+    let disk = Arc::new(parking_lot::Mutex::new(Disk::default()));
+    let server = Fake::start({
+        let disk = disk.clone();
+        move |call| disk.lock().answer(call)
+    });
+    let server = server.await;
+    let nfs = server.client(&[]);
+    (server, nfs, disk)
+}
+
+fn put(image: &mut Vec<u8>, at: usize, data: &[u8]) {
+    image.resize(image.len().max(at + data.len()), 0);
+    image[at..at + data.len()].copy_from_slice(data);
+}
+
+#[tokio::test]
+async fn what_a_restarted_server_forgot_is_sent_again() {
+    for restarts in [vec![], vec![0], vec![1], vec![2], vec![3], vec![1, 3], vec![0, 1, 2, 3]] {
+        let (_server, nfs, disk) = disk().await;
+        let (one, two) = (nfs.open(&dir(), true).await.expect("open"), nfs.open(&dir(), true).await.expect("open"));
+        let mut want = Vec::new();
+        // The second overwrites a part of the first, through another open file.
+        for (i, (at, len)) in
+            [(0, 2_500_000), (50, 3001), (3_000_000, 10_000), (2_999_000, 2000)].into_iter().enumerate()
+        {
+            let data = pattern(i as u64 * 31, len);
+            put(&mut want, at, &data);
+            let open = if i == 1 { &two } else { &one };
+            open.write(at as u64, Bytes::from(data)).await.expect("write");
+            if restarts.contains(&i) {
+                disk.lock().restart();
+            }
+        }
+        two.sync(false).await.expect("sync");
+        assert!(disk.lock().stable == want, "{restarts:?}");
+        let before = disk.lock().log.len();
+        one.sync(false).await.expect("sync");
+        assert_eq!(disk.lock().log[before..], [(1, false)], "nothing is left to commit");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_never_stays_up_is_an_error_and_not_silence() {
+    let (_server, nfs, disk) = disk().await;
+    let open = nfs.open(&dir(), true).await.expect("open");
+    for i in 0..4 {
+        open.write(i * 5000, Bytes::from(pattern(i, 5000))).await.expect("write");
+    }
+    {
+        let mut disk = disk.lock();
+        disk.restart();
+        (disk.restart_every, disk.calls) = (Some(3), 0);
+    }
+    let e = open.sync(false).await.expect_err("it forgets every time");
+    assert_eq!((e.kind(), e.retry()), (Kind::Unavailable, Retry::Later), "{e}");
+    disk.lock().restart_every = None;
+    open.sync(false).await.expect("sync");
+    assert!(disk.lock().stable == (0..4).flat_map(|i| pattern(i, 5000)).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_new_size_comes_after_what_was_written_before() {
+    let (_server, nfs, disk) = disk().await;
+    let open = nfs.open(&dir(), true).await.expect("open");
+    open.write(0, Bytes::from(pattern(0, 5000))).await.expect("write");
+    let change = Change { size: Some(10), ..Change::default() };
+    // By the locator, not through the open file.
+    nfs.set_attr(&dir(), &change).await.expect("truncate");
+    disk.lock().restart();
+    open.sync(false).await.expect("sync");
+    let disk = disk.lock();
+    let changes: Vec<u32> = disk.log.iter().map(|(p, _)| *p).filter(|p| *p != 1).collect();
+    assert_eq!((changes, disk.stable.len()), (vec![7, 21, 2], 10));
+}
+
+#[tokio::test]
+async fn no_more_is_kept_than_there_is_room_for() {
+    let (_server, nfs, disk) = disk().await;
+    let piece = Bytes::from(pattern(0, 1 << 20));
+    let count = |of: (u32, bool)| disk.lock().log.iter().filter(|l| **l == of).count();
+    let first = nfs.open(&dir(), true).await.expect("open");
+    for i in 0..65 {
+        first.write(i << 20, piece.clone()).await.expect("write");
+        assert_eq!(count((21, false)), (i / 64) as usize, "full after 64 MiB: {i}");
+    }
+    for i in 65..128 {
+        first.write(i << 20, piece.clone()).await.expect("write");
+    }
+    // The first file has taken all the room, and the second has nothing to commit.
+    let second = nfs.open(&Bytes::from_static(b"other"), true).await.expect("open");
+    second.write(0, piece.clone()).await.expect("write");
+    assert_eq!((count((21, false)), count((7, true))), (1, 1));
+    drop(first);
+    second.write(0, piece.clone()).await.expect("write");
+    assert_eq!((count((7, true)), count((7, false))), (1, 129), "a closed file gives its room back");
+}
+
+#[tokio::test]
+async fn a_create_sent_again_has_the_same_verifier_and_times_are_set_last() {
+    let seen = Arc::new(parking_lot::Mutex::new(Vec::new()));
+    let log = seen.clone();
+    let server = Fake::start(move |call| {
+        let mut r = call.arguments;
+        let mut seen = log.lock();
+        match call.procedure {
+            8 => {
+                r.opaque(64).expect("dir");
+                r.opaque(255).expect("name");
+                assert_eq!(r.u32().expect("how"), 2, "EXCLUSIVE");
+                seen.push(format!("create {:x}", r.u64().expect("verifier")));
+                if seen.len() == 1 {
+                    return Answer::Close(Vec::new());
+                }
+                let r = Results::default().words(&[0, 1]).opaque(b"made").words(&[1]).with(attributes(0, 1));
+                let above = fattr3 { type_: ftype3::NF3DIR, mode: 0o2755, gid: 9, ..attributes(0, 1) };
+                Answer::Results(r.words(&[0, 1]).with(above).0)
+            }
+            2 => {
+                r.opaque(64).expect("handle");
+                // mode, uid, gid: the ones given; size; atime and mtime: 1 is "the server's time".
+                let mut given = Vec::new();
+                for name in ["mode", "uid", "gid"] {
+                    if r.bool().expect("given") {
+                        given.push(format!("{name} {:o}", r.u32().expect("value")));
+                    }
+                }
+                assert!(!r.bool().expect("size"));
+                given.push(format!("times {} {}", r.u32().expect("atime"), r.u32().expect("mtime")));
+                seen.push(given.join(", "));
+                Answer::Results(Results::default().words(&[0, 0, 1]).with(attributes(0, 2)).0)
+            }
+            other => panic!("procedure {other}"),
+        }
+    });
+    let server = server.await;
+    let nfs = server.client(&[]);
+    let new = NewNode { what: New::File, mode: 0o4711, uid: 5, gid: 6 };
+    let e = nfs.create(&dir(), b"x", &new).await.expect_err("the connection broke");
+    assert_eq!((e.retry(), e.context("executed")), (Retry::Later, None), "it may have been executed");
+    nfs.create(&dir(), b"x", &new).await.expect("create");
+    let other = NewNode { uid: 7, ..new };
+    nfs.create(&dir(), b"x", &other).await.expect("create");
+    let seen = seen.lock();
+    assert_eq!(seen[0], seen[1], "the same file");
+    assert_ne!(seen[0], seen[4], "another one");
+    assert_eq!(seen[2..4], ["uid 5, gid 11, times 0 0", "mode 4711, times 1 1"]);
 }

@@ -245,7 +245,7 @@ mod tests {
 
     #[test]
     fn device_numbers_go_there_and_back() {
-        for n in [0, 0x103, 0x801, 0xfff_ff, u32::MAX, 0x1234_5678] {
+        for n in [0, 0x103, 0x801, 0xf_ffff, u32::MAX, 0x1234_5678] {
             let s = specdata(n);
             assert_eq!(super::super::device(s.specdata1, s.specdata2), n, "{n:x}");
         }
