@@ -157,6 +157,8 @@ async fn a_source_that_cannot_be_mounted_says_why() {
 async fn crash(mut rig: Rig) -> Rig {
     let work = move || {
         rig.server.kill();
+        // Ganesha's verifier is the second of its start. It must not be the old one.
+        std::thread::sleep(Duration::from_millis(1100));
         rig.server.restart().expect("restart");
         rig
     };
@@ -167,6 +169,7 @@ async fn crash(mut rig: Rig) -> Rig {
 async fn restarts_in_the_middle_of_writes_lose_nothing() {
     const PIECE: usize = 96 << 10;
     const COUNT: usize = 512;
+    let metrics = efc_common::metrics::install().expect("the only recorder of this process");
     let mut rig = Rig::start();
     let origin = connected(&rig.server, &[("timeout", "5s"), ("deadline", "60s")]).await;
     let (backend, tree) = (origin.backend, origin.tree.expect("a tree"));
@@ -202,6 +205,9 @@ async fn restarts_in_the_middle_of_writes_lose_nothing() {
     assert!(std::fs::read(rig.dir.path().join("new")).expect("behind") == data, "the bytes differ");
     let stats = origin.counters.stats();
     assert!(stats.bytes_sent as usize == data.len() && stats.retries > 0, "{stats:?}");
+    let text = metrics.render();
+    let resent = text.lines().find_map(|line| line.strip_prefix("efc_nfs_resent_total ")).expect("a counter");
+    assert!(resent.parse::<usize>().expect("a number") >= COUNT, "all was uncommitted at the last restart: {resent}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

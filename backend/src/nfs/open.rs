@@ -7,6 +7,8 @@
 //! has no promise). All files of a mount together keep at most [`KEPT_BYTES_MAX`]; over it a file is committed first, and if others hold the
 //! room, written stably, which needs no keeping.
 //!
+//! We notice a restart only as well as the server tells: Ganesha's verifier is the second of its start, so two starts within one look alike.
+//!
 //! What must stay true: a piece is never sent again while younger WRITEs of the file are under way, and pieces that are sent again include all
 //! younger ones that were answered.
 
