@@ -182,7 +182,7 @@ impl Root {
         let locator = self.join(dir, name.to_bytes());
         let name_bytes = Bytes::copy_from_slice(name.to_bytes());
         if locator.len() > LOCATOR_BYTES_MAX {
-            page.hidden.push((name_bytes, "path longer than 4096 bytes"));
+            page.hidden.push((name_bytes, "path longer than 8192 bytes"));
             return Ok(());
         }
         match rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT) {

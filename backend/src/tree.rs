@@ -155,6 +155,12 @@ pub trait OpenFile: Send + Sync + 'static {
     /// Makes everything written durable; an error of any earlier write that the origin lost is told here. Fresh attributes.
     async fn sync(&self, data_only: bool) -> Result<Node>;
 
+    /// A descriptor of the file is being closed: makes durable what the origin would else forget when it restarts (close-to-open, as kernel clients of NFS do), and tells what
+    /// was lost. Fresh attributes if anything was done.
+    async fn close(&self) -> Result<Option<Node>> {
+        Ok(None)
+    }
+
     /// Fresh attributes, also of a file without a name (then `nlink` is 0).
     async fn attr(&self) -> Result<Node>;
 

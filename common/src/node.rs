@@ -101,8 +101,8 @@ pub struct Node {
     pub attr: Attr,
 }
 
-/// Longest locator, bytes: an S3 key (1,024) or a Linux path (4,096).
-pub const LOCATOR_BYTES_MAX: usize = 4096;
+/// Longest locator, bytes: an S3 key (1,024), or the longest path of Linux (4,096) below a source's directory whose path may be as long.
+pub const LOCATOR_BYTES_MAX: usize = 8192;
 /// Longest version token, bytes.
 pub const VERSION_BYTES_MAX: usize = 256;
 

@@ -257,6 +257,13 @@ impl OpenFile for Opened {
         self.shared.fresh(&self.file, attributes).await
     }
 
+    async fn close(&self) -> Result<Option<Node>> {
+        if self.kept.pieces.lock().is_empty() {
+            return Ok(None);
+        }
+        self.sync(true).await.map(Some)
+    }
+
     async fn attr(&self) -> Result<Node> {
         self.shared.fresh(&self.file, None).await
     }

@@ -105,6 +105,10 @@ impl<P: Around> OpenFile for DecoratedFile<P> {
         self.policy.around(Request::Sync, || self.inner.sync(data_only)).await
     }
 
+    async fn close(&self) -> Result<Option<Node>> {
+        self.policy.around(Request::Sync, || self.inner.close()).await
+    }
+
     async fn attr(&self) -> Result<Node> {
         self.policy.around(Request::Getattr, || self.inner.attr()).await
     }

@@ -158,6 +158,19 @@ impl Shared {
         Ok(())
     }
 
+    /// FLUSH: a descriptor was closed.
+    pub(super) async fn close(&self, handle: &Handle) -> Result<()> {
+        if !handle.writes() {
+            return Ok(());
+        }
+        let change = handle.inode.begin();
+        match handle.file.close().await? {
+            Some(node) => change.finish(node, self.parts.ttl),
+            None => change.nothing(),
+        }
+        Ok(())
+    }
+
     /// RELEASE: what was removed while it was open goes now.
     pub(super) async fn release(&self, fh: u64) {
         let (handle, parked) = self.files.leave(fh);

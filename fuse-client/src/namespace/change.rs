@@ -35,6 +35,16 @@ impl Change {
         self.end(Some((node, ttl)));
     }
 
+    /// There was nothing to change after all.
+    pub fn nothing(mut self) {
+        self.finished = true;
+        let mut changes = self.inode.changes.lock();
+        changes.running -= 1;
+        if changes.running == 0 {
+            changes.overlapped = false;
+        }
+    }
+
     fn end(&self, outcome: Option<(Node, Duration)>) {
         let mut changes = self.inode.changes.lock();
         let now = Instant::now();
