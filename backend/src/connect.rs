@@ -7,15 +7,18 @@
 //! Fault    only with the option `fault`
 //! File | Nfs | object store                                        plain protocol clients that never retry
 //! ```
+//! What changes an object store ([`Objects`](crate::objects::Objects)) goes through decorators of the same names, which share budgets, counters and
+//! faults with those above; its `Retry` also finds out whether a change whose answer was lost has happened.
 
 use crate::DynBackend;
 use crate::count::{Count, Counters};
 use crate::fault::{Fault, Knobs};
 use crate::file::File;
-use crate::limit::Limit;
+use crate::limit::{Budget, Limit};
 use crate::nfs::Nfs;
 use crate::object;
-use crate::retry::Retry;
+use crate::objects::{self, DynObjects};
+use crate::retry::{Policy, Retry};
 use efc_common::error::Context;
 use efc_common::source::{SourceKind, SourceSpec, StaticKeys};
 use efc_common::units::{parse_bytes, parse_duration};
@@ -28,6 +31,8 @@ use std::time::Duration;
 pub struct Connected {
     /// The stack.
     pub backend: DynBackend,
+    /// The stack for changes, where the origin is an object store.
+    pub objects: Option<DynObjects>,
     /// What it has asked of the origin.
     pub counters: Arc<Counters>,
 }
@@ -52,12 +57,26 @@ pub async fn connect_counted(spec: &SourceSpec, keys: Option<&StaticKeys>) -> Re
         request_rate: bytes(spec, "request_rate")?,
         bandwidth: bytes(spec, "bandwidth")?,
     };
-    let raw = plain(spec, keys, settings.timeout)?;
-    let raw = match spec.option("fault") {
-        Some(text) => Arc::new(Fault::new(raw, Knobs::parse(text)?)),
-        None => raw,
-    };
+    let mut raw = plain(spec, keys, settings.timeout)?;
+    if let Some(text) = spec.option("fault") {
+        raw = raw.behind(|inner| Ok(Fault::new(inner, Knobs::parse(text)?)))?;
+    }
     Ok(stack(raw, spec.url(), &settings))
+}
+
+/// A protocol client, by the traits it has.
+pub(crate) struct Plain {
+    pub(crate) backend: DynBackend,
+    pub(crate) objects: Option<DynObjects>,
+}
+
+impl Plain {
+    /// Puts the faults that `make` gives around all of them.
+    pub(crate) fn behind(self, make: impl FnOnce(DynBackend) -> Result<Fault>) -> Result<Plain> {
+        let fault = make(self.backend)?;
+        let objects = self.objects.map(|o| Arc::new(objects::fault::Fault::new(o, fault.injector())) as DynObjects);
+        Ok(Plain { backend: Arc::new(fault), objects })
+    }
 }
 
 /// What the decorators take from the source's options.
@@ -69,20 +88,30 @@ pub(crate) struct Settings {
 }
 
 /// Puts the decorators on; see the module.
-pub(crate) fn stack(raw: DynBackend, source: String, s: &Settings) -> Connected {
-    let counters = Arc::new(Counters::new(raw.capabilities()));
-    let counted = Arc::new(Count::new(raw, counters.clone()));
-    let limited = Arc::new(Limit::new(counted, s.request_rate, s.bandwidth, s.timeout));
-    let backend = Arc::new(Retry::new(limited, source, s.deadline, s.timeout, counters.clone()));
-    Connected { backend, counters }
+pub(crate) fn stack(raw: Plain, source: String, s: &Settings) -> Connected {
+    let counters = Arc::new(Counters::new(raw.backend.capabilities()));
+    let budget = Arc::new(Budget::new(s.request_rate, s.bandwidth, s.timeout));
+    let policy = Arc::new(Policy::new(source, s.deadline, counters.clone()));
+    let objects = raw.objects.map(|raw| {
+        let counted = Arc::new(objects::count::Count::new(raw, counters.clone()));
+        let limited = Arc::new(objects::limit::Limit::new(counted, budget.clone()));
+        Arc::new(objects::retry::Retry::new(limited, policy.clone())) as DynObjects
+    });
+    let counted = Arc::new(Count::new(raw.backend, counters.clone()));
+    let limited = Arc::new(Limit::new(counted, budget));
+    let backend = Arc::new(Retry::new(limited, policy, s.timeout));
+    Connected { backend, objects, counters }
 }
 
 /// The plain protocol client.
-fn plain(spec: &SourceSpec, keys: Option<&StaticKeys>, timeout: Duration) -> Result<DynBackend> {
+fn plain(spec: &SourceSpec, keys: Option<&StaticKeys>, timeout: Duration) -> Result<Plain> {
     Ok(match spec.kind {
-        SourceKind::File => Arc::new(File::new(spec)),
-        SourceKind::Nfs => Arc::new(Nfs::new(spec, timeout)?),
-        SourceKind::Oss | SourceKind::S3 => Arc::new(object::connect(spec, keys)?),
+        SourceKind::File => Plain { backend: Arc::new(File::new(spec)), objects: None },
+        SourceKind::Nfs => Plain { backend: Arc::new(Nfs::new(spec, timeout)?), objects: None },
+        SourceKind::Oss | SourceKind::S3 => {
+            let store = Arc::new(object::connect(spec, keys)?);
+            Plain { backend: store.clone(), objects: Some(store) }
+        }
     })
 }
 
@@ -126,8 +155,10 @@ mod tests {
         std::fs::write(dir.path().join("f"), &data).expect("a file");
         let url = format!("file://{}", dir.path().display());
         let spec = SourceSpec::parse(&url, Default::default(), SecretRef::Anonymous).expect("a source");
-        let (fault, script) = Fault::scripted(plain(&spec, None, settings.timeout).expect("plain"));
-        Rig { _dir: dir, script, origin: stack(Arc::new(fault), spec.url(), &settings), data }
+        let plain = plain(&spec, None, settings.timeout).expect("plain");
+        let (fault, script) = Fault::scripted(plain.backend);
+        let raw = Plain { backend: Arc::new(fault), objects: None };
+        Rig { _dir: dir, script, origin: stack(raw, spec.url(), &settings), data }
     }
 
     fn seconds(timeout: u64, deadline: u64) -> Settings {

@@ -1,7 +1,7 @@
 //! Counts what we ask of an origin: metrics `efc_origin_*`, and the same numbers without Prometheus ([`OriginStats`]).
 //!
 //! A request is one call of the trait, named in the origin's words: an object store gets `get`, `head`, `list`, a NAS gets `read`,
-//! `lookup`, `getattr`, `readdir`; the rest is `other`. A streamed NAS read is one request, however many READ calls it is cut into.
+//! `lookup`, `getattr`, `readdir`; changes of objects are `put`, `part`, `complete`, `append`, `copy`, `delete`; the rest is `other`. A streamed NAS read is one request, however many READ calls it is cut into.
 
 use crate::{Backend, ByteStream, Capabilities, DynBackend, FsStats, ListPage};
 use async_trait::async_trait;
@@ -25,10 +25,28 @@ pub(crate) enum Request {
     Getattr,
     List,
     Read,
+    Put,
+    Part,
+    Complete,
+    Append,
+    Copy,
+    Delete,
     Other,
 }
 
-const REQUESTS: [Request; 5] = [Request::Lookup, Request::Getattr, Request::List, Request::Read, Request::Other];
+const REQUESTS: [Request; 11] = [
+    Request::Lookup,
+    Request::Getattr,
+    Request::List,
+    Request::Read,
+    Request::Put,
+    Request::Part,
+    Request::Complete,
+    Request::Append,
+    Request::Copy,
+    Request::Delete,
+    Request::Other,
+];
 
 impl Request {
     fn label(self, objects: bool) -> &'static str {
@@ -41,6 +59,12 @@ impl Request {
             (Request::Lookup | Request::List, true) => "list",
             (Request::Read, false) => "read",
             (Request::Read, true) => "get",
+            (Request::Put, _) => "put",
+            (Request::Part, _) => "part",
+            (Request::Complete, _) => "complete",
+            (Request::Append, _) => "append",
+            (Request::Copy, _) => "copy",
+            (Request::Delete, _) => "delete",
             (Request::Other, _) => "other",
         }
     }
@@ -57,6 +81,8 @@ pub struct OriginStats {
     pub retries: u64,
     /// Content bytes received.
     pub bytes: u64,
+    /// Content bytes sent, in requests that succeeded.
+    pub bytes_sent: u64,
 }
 
 /// Counters of one request kind.
@@ -70,11 +96,13 @@ struct Series {
 
 /// The counters of one origin; shared by the decorators that count.
 pub struct Counters {
-    series: [Series; 5],
+    series: [Series; REQUESTS.len()],
     errors: AtomicU64,
     retries: AtomicU64,
     received: AtomicU64,
     bytes: Counter,
+    written: AtomicU64,
+    sent_bytes: Counter,
 }
 
 impl Counters {
@@ -97,6 +125,8 @@ impl Counters {
             retries: zero(),
             received: zero(),
             bytes: counter!("efc_origin_bytes_total"),
+            written: zero(),
+            sent_bytes: counter!("efc_origin_sent_bytes_total"),
         }
     }
 
@@ -114,6 +144,7 @@ impl Counters {
             errors: self.errors.load(Relaxed),
             retries: self.retries.load(Relaxed),
             bytes: self.received.load(Relaxed),
+            bytes_sent: self.written.load(Relaxed),
         }
     }
 
@@ -143,6 +174,21 @@ impl Counters {
         self.received.fetch_add(bytes as u64, Relaxed);
         self.bytes.increment(bytes as u64);
     }
+
+    /// Content was taken by the origin.
+    pub(crate) fn wrote(&self, bytes: u64) {
+        self.written.fetch_add(bytes, Relaxed);
+        self.sent_bytes.increment(bytes);
+    }
+
+    /// Counts one request.
+    pub(crate) async fn count<T>(&self, request: Request, call: impl Future<Output = Result<T>>) -> Result<T> {
+        let began = Instant::now();
+        self.sent(request);
+        let answer = call.await;
+        self.answered(request, began);
+        answer.inspect_err(|e| self.failed(request, e))
+    }
 }
 
 /// The decorator.
@@ -157,11 +203,7 @@ impl Count {
     }
 
     async fn count<T>(&self, request: Request, call: impl Future<Output = Result<T>>) -> Result<T> {
-        let began = Instant::now();
-        self.counters.sent(request);
-        let answer = call.await;
-        self.counters.answered(request, began);
-        answer.inspect_err(|e| self.counters.failed(request, e))
+        self.counters.count(request, call).await
     }
 }
 

@@ -91,10 +91,20 @@ pub enum Cut {
 #[derive(Debug, Clone, Default)]
 pub struct Script(Arc<Mutex<Plan>>);
 
+/// What becomes of a call.
+#[derive(Debug, Clone, Copy)]
+enum Order {
+    /// It fails before it reaches the origin.
+    Fail(Kind),
+    /// It never answers.
+    Stall,
+    /// It is executed, and its answer is lost.
+    Lose,
+}
+
 #[derive(Debug, Default)]
 struct Plan {
-    /// `None` stalls.
-    calls: VecDeque<Option<Kind>>,
+    calls: VecDeque<Option<Order>>,
     reads: VecDeque<(u64, Cut)>,
     seen: u64,
     ranges: Vec<Range<u64>>,
@@ -103,12 +113,22 @@ struct Plan {
 impl Script {
     /// The next `n` calls, of whatever sort, fail with `kind`.
     pub fn fail_next(&self, n: usize, kind: Kind) {
-        self.0.lock().calls.extend(std::iter::repeat_n(Some(kind), n));
+        self.0.lock().calls.extend(std::iter::repeat_n(Some(Order::Fail(kind)), n));
     }
 
     /// The next call never answers.
     pub fn stall_next(&self) {
-        self.0.lock().calls.push_back(None);
+        self.0.lock().calls.push_back(Some(Order::Stall));
+    }
+
+    /// The next `n` calls are executed, and their answers lost.
+    pub fn lose_next(&self, n: usize) {
+        self.0.lock().calls.extend(std::iter::repeat_n(Some(Order::Lose), n));
+    }
+
+    /// The next `n` calls come to no harm.
+    pub fn pass_next(&self, n: usize) {
+        self.0.lock().calls.extend(std::iter::repeat_n(None, n));
     }
 
     /// A stream that was opened goes wrong after `bytes`.
@@ -130,6 +150,11 @@ impl Script {
 /// The decorator.
 pub struct Fault {
     inner: DynBackend,
+    injector: Arc<Injector>,
+}
+
+/// Where the faults of one source come from, whichever of its traits is called.
+pub(crate) struct Injector {
     knobs: Knobs,
     script: Script,
     chance: Mutex<StdRng>,
@@ -141,31 +166,44 @@ impl Fault {
     pub fn new(inner: DynBackend, knobs: Knobs) -> Fault {
         let chance = knobs.seed.map_or_else(StdRng::from_os_rng, StdRng::seed_from_u64);
         let stale = Mutex::new(knobs.stale_once);
-        Fault { inner, knobs, script: Script::default(), chance: Mutex::new(chance), stale }
+        let injector = Injector { knobs, script: Script::default(), chance: Mutex::new(chance), stale };
+        Fault { inner, injector: Arc::new(injector) }
     }
 
     /// Faults to order.
     pub fn scripted(inner: DynBackend) -> (Fault, Script) {
         let fault = Fault::new(inner, Knobs::default());
-        let script = fault.script.clone();
+        let script = fault.injector.script.clone();
         (fault, script)
     }
 
+    /// The source of its faults, for the source's other traits.
+    pub(crate) fn injector(&self) -> Arc<Injector> {
+        Arc::clone(&self.injector)
+    }
+
+    async fn disturb<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        self.injector.disturb(call).await
+    }
+}
+
+impl Injector {
     fn happens(&self, probability: f64) -> bool {
         probability > 0.0 && self.chance.lock().random_bool(probability)
     }
 
-    /// What happens before the origin is asked.
-    async fn before(&self) -> Result<()> {
+    /// What happens before the origin is asked. True if the answer is to be lost.
+    async fn before(&self) -> Result<bool> {
         let ordered = {
             let mut plan = self.script.0.lock();
             plan.seen += 1;
-            plan.calls.pop_front()
+            plan.calls.pop_front().flatten()
         };
         match ordered {
             None => {}
-            Some(None) => std::future::pending().await,
-            Some(Some(kind)) => return Err(Error::new(kind, "injected failure")),
+            Some(Order::Lose) => return Ok(true),
+            Some(Order::Stall) => std::future::pending().await,
+            Some(Order::Fail(kind)) => return Err(Error::new(kind, "injected failure")),
         }
         let wait = self.knobs.latency + self.knobs.jitter.mul_f64(self.chance.lock().random());
         if !wait.is_zero() {
@@ -174,13 +212,14 @@ impl Fault {
         if self.happens(self.knobs.error) {
             return Err(Error::new(Kind::Unavailable, "injected failure"));
         }
-        Ok(())
+        Ok(false)
     }
 
-    async fn disturb<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
-        self.before().await?;
+    /// Runs a call that may fail before it is made, or succeed without anybody hearing of it.
+    pub(crate) async fn disturb<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        let lose = self.before().await?;
         let answer = call.await?;
-        if self.happens(self.knobs.reset) {
+        if lose || self.happens(self.knobs.reset) {
             return Err(Error::new(Kind::Unavailable, "injected loss of an answer"));
         }
         Ok(answer)
@@ -256,10 +295,12 @@ impl Backend for Fault {
     }
 
     async fn read(&self, locator: &Bytes, version: &Bytes, range: Range<u64>) -> Result<ByteStream> {
-        self.before().await?;
-        self.script.0.lock().ranges.push(range.clone());
+        if self.injector.before().await? {
+            return Err(Error::new(Kind::Unavailable, "injected loss of an answer"));
+        }
+        self.injector.script.0.lock().ranges.push(range.clone());
         let pieces = self.inner.read(locator, version, range.clone()).await?;
-        Ok(match self.cut(range.end.saturating_sub(range.start)) {
+        Ok(match self.injector.cut(range.end.saturating_sub(range.start)) {
             Some((after, how)) => cut_stream(pieces, after, how),
             None => pieces,
         })

@@ -19,29 +19,37 @@ use std::time::Duration;
 /// The decorator.
 pub(crate) struct Limit {
     inner: DynBackend,
-    requests: RateLimit,
-    bytes: Arc<RateLimit>,
-    patience: Duration,
+    budget: Arc<Budget>,
+}
+
+/// What one source may use, whichever of its traits is called.
+pub(crate) struct Budget {
+    pub(crate) requests: RateLimit,
+    pub(crate) bytes: RateLimit,
+    pub(crate) patience: Duration,
+}
+
+impl Budget {
+    /// `requests` and `bytes` a second (0: no limit); `timeout` is the source's option.
+    pub(crate) fn new(requests: u64, bytes: u64, timeout: Duration) -> Budget {
+        Budget { requests: RateLimit::new(requests), bytes: RateLimit::new(bytes), patience: timeout + timeout / 4 }
+    }
 }
 
 impl Limit {
-    /// `requests` and `bytes` a second (0: no limit); `timeout` is the source's option.
-    pub(crate) fn new(inner: DynBackend, requests: u64, bytes: u64, timeout: Duration) -> Limit {
-        Limit {
-            inner,
-            requests: RateLimit::new(requests),
-            bytes: Arc::new(RateLimit::new(bytes)),
-            patience: timeout + timeout / 4,
-        }
+    /// Limits `inner` by `budget`.
+    pub(crate) fn new(inner: DynBackend, budget: Arc<Budget>) -> Limit {
+        Limit { inner, budget }
     }
 
     async fn limit<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
-        self.requests.take(1).await;
-        within(self.patience, call).await
+        self.budget.requests.take(1).await;
+        within(self.budget.patience, call).await
     }
 }
 
-async fn within<T>(patience: Duration, call: impl Future<Output = Result<T>>) -> Result<T> {
+/// A call that is given up after `patience`.
+pub(crate) async fn within<T>(patience: Duration, call: impl Future<Output = Result<T>>) -> Result<T> {
     match tokio::time::timeout(patience, call).await {
         Ok(answer) => answer,
         Err(_) => Err(Error::new(Kind::Timeout, format!("the origin sent nothing for {patience:?}"))),
@@ -76,15 +84,15 @@ impl Backend for Limit {
 
     async fn read(&self, locator: &Bytes, version: &Bytes, range: Range<u64>) -> Result<ByteStream> {
         let pieces = self.limit(self.inner.read(locator, version, range)).await?;
-        let (bytes, patience) = (self.bytes.clone(), self.patience);
+        let budget = self.budget.clone();
         let limited = stream::unfold(Some(pieces), move |pieces| {
-            let bytes = bytes.clone();
+            let budget = budget.clone();
             async move {
                 let mut pieces = pieces?;
-                let next = within(patience, async { pieces.next().await.transpose() }).await;
+                let next = within(budget.patience, async { pieces.next().await.transpose() }).await;
                 match next.transpose()? {
                     Ok(piece) => {
-                        bytes.take(piece.len() as u64).await;
+                        budget.bytes.take(piece.len() as u64).await;
                         Some((Ok(piece), Some(pieces)))
                     }
                     Err(e) => Some((Err(e), None)),

@@ -34,16 +34,16 @@ pub(crate) struct Retry {
     check: Duration,
 }
 
-/// How one source is retried; streams share it.
-struct Policy {
+/// How one source is retried; its traits and their streams share it.
+pub(crate) struct Policy {
     source: String,
-    deadline: Duration,
+    pub(crate) deadline: Duration,
     counters: Arc<Counters>,
     warned: Mutex<Option<Instant>>,
 }
 
 /// A run of failures without success in between.
-struct Outage {
+pub(crate) struct Outage {
     began: Instant,
     end: Instant,
     attempts: u32,
@@ -51,13 +51,14 @@ struct Outage {
 }
 
 impl Outage {
-    fn new(deadline: Duration) -> Outage {
+    /// One that begins now and is over after `deadline`.
+    pub(crate) fn new(deadline: Duration) -> Outage {
         let now = Instant::now();
         Outage { began: now, end: now + deadline, attempts: 0, last: None }
     }
 
     /// Runs one attempt, cut off when the outage has lasted too long.
-    async fn attempt<T>(&mut self, call: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(crate) async fn attempt<T>(&mut self, call: impl Future<Output = Result<T>>) -> Result<T> {
         self.attempts += 1;
         match timeout_at(self.end, call).await {
             Ok(answer) => answer,
@@ -66,7 +67,7 @@ impl Outage {
     }
 
     /// Takes a failure: waits until it is time for the next attempt, or says that there is none.
-    async fn failed(&mut self, policy: &Policy, request: Request, e: Error) -> Result<()> {
+    pub(crate) async fn failed(&mut self, policy: &Policy, request: Request, e: Error) -> Result<()> {
         if e.retry() == Verdict::Never {
             return Err(if self.attempts > 1 { self.name(e) } else { e });
         }
@@ -95,6 +96,11 @@ impl Outage {
 }
 
 impl Policy {
+    /// Retries for up to `deadline`; `source` names the origin in messages.
+    pub(crate) fn new(source: String, deadline: Duration, counters: Arc<Counters>) -> Policy {
+        Policy { source, deadline, counters, warned: Mutex::new(None) }
+    }
+
     fn warn(&self, e: &Error) {
         let now = Instant::now();
         {
@@ -109,15 +115,8 @@ impl Policy {
 }
 
 impl Retry {
-    /// Retries calls of `inner` for up to `deadline`; `check` bounds [`Backend::root`]; `source` names the origin in messages.
-    pub(crate) fn new(
-        inner: DynBackend,
-        source: String,
-        deadline: Duration,
-        check: Duration,
-        counters: Arc<Counters>,
-    ) -> Retry {
-        let policy = Arc::new(Policy { source, deadline, counters, warned: Mutex::new(None) });
+    /// Retries calls of `inner` as `policy` says; `check` bounds [`Backend::root`].
+    pub(crate) fn new(inner: DynBackend, policy: Arc<Policy>, check: Duration) -> Retry {
         Retry { inner, policy, check }
     }
 

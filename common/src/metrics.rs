@@ -100,6 +100,12 @@ pub const TABLE: &[Metric] = &[
     m("efc_origin_retries_total", Series::Counter, "kind", "origin requests sent again"),
     m("efc_origin_bytes_total", Series::Counter, "", "content bytes received from an origin"),
     m(
+        "efc_origin_sent_bytes_total",
+        Series::Counter,
+        "",
+        "content bytes sent to an origin, in requests that succeeded",
+    ),
+    m(
         "efc_origin_request_seconds",
         Series::Histogram,
         "kind",
