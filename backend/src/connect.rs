@@ -10,6 +10,9 @@
 //!
 //! The tree of an origin that has one is under the same policies (the same counters, limits and faults, not others alike), with `Settled`
 //! for `Retry`: it retries too, and makes sure that what must not happen twice does not.
+//!
+//! What changes an object store ([`Objects`](crate::objects::Objects)) goes through decorators of the same names, which share limits, counters and
+//! faults with those above; its `Retry` also finds out whether a change whose answer was lost has happened.
 
 use crate::DynBackend;
 use crate::count::{Count, Counters};
@@ -18,6 +21,7 @@ use crate::file::File;
 use crate::limit::{Limit, Limits};
 use crate::nfs::Nfs;
 use crate::object;
+use crate::objects::{self, DynObjects};
 use crate::retry::{Policy, Retry};
 use crate::tree::DynTree;
 use crate::tree::around::Decorated;
@@ -36,6 +40,8 @@ pub struct Connected {
     pub backend: DynBackend,
     /// The same origin for changes, if it is a tree (`file` and `nfs`).
     pub tree: Option<DynTree>,
+    /// The same origin for changes, if it is an object store.
+    pub objects: Option<DynObjects>,
     /// What it has asked of the origin.
     pub counters: Arc<Counters>,
 }
@@ -80,14 +86,16 @@ pub(crate) struct Settings {
 pub(crate) struct Raw {
     pub(crate) backend: DynBackend,
     pub(crate) tree: Option<DynTree>,
+    pub(crate) objects: Option<DynObjects>,
 }
 
 impl Raw {
-    /// Puts the faults that `make` gives around both.
+    /// Puts the faults that `make` gives around all of them.
     fn under(self, make: impl FnOnce(DynBackend) -> Result<Fault>) -> Result<Raw> {
         let fault = make(self.backend)?;
         let tree = self.tree.map(|tree| fault.tree(tree));
-        Ok(Raw { backend: Arc::new(fault), tree })
+        let objects = self.objects.map(|objects| fault.objects(objects));
+        Ok(Raw { backend: Arc::new(fault), tree, objects })
     }
 }
 
@@ -101,10 +109,15 @@ pub(crate) fn stack(raw: Raw, source: String, s: &Settings) -> Connected {
     let backend: DynBackend = Arc::new(Retry::new(limited, policy.clone(), s.timeout));
     let tree = raw.tree.map(|tree| -> DynTree {
         let counted = Arc::new(Decorated::new(tree, counters.clone()));
-        let limited = Arc::new(Decorated::new(counted, limits));
-        Arc::new(Settled::new(limited, backend.clone(), policy))
+        let limited = Arc::new(Decorated::new(counted, limits.clone()));
+        Arc::new(Settled::new(limited, backend.clone(), policy.clone()))
     });
-    Connected { backend, tree, counters }
+    let objects = raw.objects.map(|objects| -> DynObjects {
+        let counted = Arc::new(objects::count::Count::new(objects, counters.clone()));
+        let limited = Arc::new(objects::limit::Limit::new(counted, limits));
+        Arc::new(objects::retry::Retry::new(limited, policy))
+    });
+    Connected { backend, tree, objects, counters }
 }
 
 /// The plain protocol client.
@@ -112,13 +125,16 @@ fn plain(spec: &SourceSpec, keys: Option<&StaticKeys>, timeout: Duration) -> Res
     Ok(match spec.kind {
         SourceKind::File => {
             let file = Arc::new(File::new(spec));
-            Raw { backend: file.clone(), tree: Some(file) }
+            Raw { backend: file.clone(), tree: Some(file), objects: None }
         }
         SourceKind::Nfs => {
             let nfs = Arc::new(Nfs::new(spec, timeout)?);
-            Raw { backend: nfs.clone(), tree: Some(nfs) }
+            Raw { backend: nfs.clone(), tree: Some(nfs), objects: None }
         }
-        SourceKind::Oss | SourceKind::S3 => Raw { backend: Arc::new(object::connect(spec, keys)?), tree: None },
+        SourceKind::Oss | SourceKind::S3 => {
+            let store = Arc::new(object::connect(spec, keys)?);
+            Raw { backend: store.clone(), tree: None, objects: Some(store) }
+        }
     })
 }
 

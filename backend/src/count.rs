@@ -1,7 +1,7 @@
 //! Counts what we ask of an origin: metrics `efc_origin_*`, and the same numbers without Prometheus ([`OriginStats`]).
 //!
 //! A request is one call of the trait, named in the origin's words: an object store gets `get`, `head`, `list`, a NAS gets `read`,
-//! `lookup`, `getattr`, `readdir`, `write` and so on; the rest is `other`. A streamed NAS read is one request, however many READ calls it is cut into.
+//! `lookup`, `getattr`, `readdir`, `write` and so on; changes of objects are `put`, `part`, `complete`, `append`, `copy`, `delete`; the rest is `other`. A streamed NAS read is one request, however many READ calls it is cut into.
 
 use crate::tree::around::Around;
 use crate::{Backend, ByteStream, Capabilities, DynBackend, FsStats, ListPage};
@@ -33,11 +33,17 @@ pub(crate) enum Request {
     Setattr,
     Write,
     Sync,
+    Put,
+    Part,
+    Complete,
+    Append,
+    Copy,
+    Delete,
     Other,
 }
 
 /// In the order of [`Request`].
-const REQUESTS: [Request; 12] = [
+const REQUESTS: [Request; 18] = [
     Request::Lookup,
     Request::Getattr,
     Request::List,
@@ -49,6 +55,12 @@ const REQUESTS: [Request; 12] = [
     Request::Setattr,
     Request::Write,
     Request::Sync,
+    Request::Put,
+    Request::Part,
+    Request::Complete,
+    Request::Append,
+    Request::Copy,
+    Request::Delete,
     Request::Other,
 ];
 
@@ -70,6 +82,12 @@ impl Request {
             (Request::Setattr, _) => "setattr",
             (Request::Write, _) => "write",
             (Request::Sync, _) => "sync",
+            (Request::Put, _) => "put",
+            (Request::Part, _) => "part",
+            (Request::Complete, _) => "complete",
+            (Request::Append, _) => "append",
+            (Request::Copy, _) => "copy",
+            (Request::Delete, _) => "delete",
             (Request::Other, _) => "other",
         }
     }
@@ -185,7 +203,14 @@ impl Counters {
         self.bytes.increment(bytes);
     }
 
-    async fn count<T>(&self, request: Request, call: impl Future<Output = Result<T>>) -> Result<T> {
+    /// Content was taken by the origin.
+    pub(crate) fn wrote(&self, bytes: u64) {
+        self.written.fetch_add(bytes, Relaxed);
+        self.sent_bytes.increment(bytes);
+    }
+
+    /// Counts one request.
+    pub(crate) async fn count<T>(&self, request: Request, call: impl Future<Output = Result<T>>) -> Result<T> {
         let began = Instant::now();
         self.sent(request);
         let answer = call.await;
@@ -208,8 +233,7 @@ impl Around for Counters {
         if request == Request::Read {
             self.received(bytes);
         } else {
-            self.written.fetch_add(bytes, Relaxed);
-            self.sent_bytes.increment(bytes);
+            self.wrote(bytes);
         }
     }
 }

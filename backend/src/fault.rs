@@ -1,6 +1,7 @@
 //! Injected faults, to see that the rooms above survive them: by chance (the source option `fault`), or to order (a [`Script`], in tests).
 
 use crate::count::Request;
+use crate::objects::{self, DynObjects};
 use crate::tree::DynTree;
 use crate::tree::around::{Around, Decorated};
 use crate::tree::settle::unsent;
@@ -98,10 +99,20 @@ pub enum Cut {
 #[derive(Debug, Clone, Default)]
 pub struct Script(Arc<Mutex<Plan>>);
 
+/// What becomes of a call.
+#[derive(Debug, Clone, Copy)]
+enum Order {
+    /// It fails before it reaches the origin.
+    Fail(Kind),
+    /// It never answers.
+    Stall,
+    /// It is executed, and its answer is lost.
+    Lose,
+}
+
 #[derive(Debug, Default)]
 struct Plan {
-    /// `None` stalls.
-    calls: VecDeque<Option<Kind>>,
+    calls: VecDeque<Option<Order>>,
     reads: VecDeque<(u64, Cut)>,
     lost: usize,
     seen: u64,
@@ -111,12 +122,22 @@ struct Plan {
 impl Script {
     /// The next `n` calls, of whatever sort, fail with `kind`.
     pub fn fail_next(&self, n: usize, kind: Kind) {
-        self.0.lock().calls.extend(std::iter::repeat_n(Some(kind), n));
+        self.0.lock().calls.extend(std::iter::repeat_n(Some(Order::Fail(kind)), n));
     }
 
     /// The next call never answers.
     pub fn stall_next(&self) {
-        self.0.lock().calls.push_back(None);
+        self.0.lock().calls.push_back(Some(Order::Stall));
+    }
+
+    /// The next `n` calls, of whatever sort, are executed and their answers lost.
+    pub fn lose_call_next(&self, n: usize) {
+        self.0.lock().calls.extend(std::iter::repeat_n(Some(Order::Lose), n));
+    }
+
+    /// The next `n` calls come to no harm.
+    pub fn pass_next(&self, n: usize) {
+        self.0.lock().calls.extend(std::iter::repeat_n(None, n));
     }
 
     /// The next `n` calls that change something and succeed are told as failed.
@@ -166,10 +187,15 @@ impl Fault {
     pub fn tree(&self, inner: DynTree) -> DynTree {
         Arc::new(Decorated::new(inner, self.faults.clone()))
     }
+
+    /// The objects of the same origin, under the same faults.
+    pub fn objects(&self, inner: DynObjects) -> DynObjects {
+        Arc::new(objects::fault::Fault::new(inner, self.faults.clone()))
+    }
 }
 
-/// The faults of one origin.
-struct Faults {
+/// The faults of one origin, whichever of its traits is called.
+pub(crate) struct Faults {
     knobs: Knobs,
     script: Script,
     chance: Mutex<StdRng>,
@@ -181,17 +207,18 @@ impl Faults {
         probability > 0.0 && self.chance.lock().random_bool(probability)
     }
 
-    /// What happens before the origin is asked.
-    async fn before(&self) -> Result<()> {
+    /// What happens before the origin is asked. True if the answer is to be lost.
+    async fn before(&self) -> Result<bool> {
         let ordered = {
             let mut plan = self.script.0.lock();
             plan.seen += 1;
-            plan.calls.pop_front()
+            plan.calls.pop_front().flatten()
         };
         match ordered {
             None => {}
-            Some(None) => std::future::pending().await,
-            Some(Some(kind)) => return Err(unsent(Error::new(kind, "injected failure"))),
+            Some(Order::Lose) => return Ok(true),
+            Some(Order::Stall) => std::future::pending().await,
+            Some(Order::Fail(kind)) => return Err(unsent(Error::new(kind, "injected failure"))),
         }
         let wait = self.knobs.latency + self.knobs.jitter.mul_f64(self.chance.lock().random());
         if !wait.is_zero() {
@@ -200,13 +227,14 @@ impl Faults {
         if self.happens(self.knobs.error) {
             return Err(unsent(Error::new(Kind::Unavailable, "injected failure")));
         }
-        Ok(())
+        Ok(false)
     }
 
-    async fn disturb<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
-        self.before().await?;
+    /// Runs a call that may fail before it is made, or succeed without anybody hearing of it.
+    pub(crate) async fn disturb<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        let lose = self.before().await?;
         let answer = call.await?;
-        if self.happens(self.knobs.reset) {
+        if lose || self.happens(self.knobs.reset) {
             return Err(Error::new(Kind::Unavailable, "injected loss of an answer"));
         }
         Ok(answer)
@@ -243,6 +271,17 @@ impl Faults {
     }
 }
 
+impl Faults {
+    /// As [`Faults::disturb`], for a call that changes the origin.
+    pub(crate) async fn disturb_change<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        let answer = self.disturb(call).await?;
+        if self.loses_change() {
+            return Err(Error::new(Kind::Unavailable, "injected loss of an answer"));
+        }
+        Ok(answer)
+    }
+}
+
 impl Around for Faults {
     async fn around<T, F, C>(&self, request: Request, mut call: F) -> Result<T>
     where
@@ -250,11 +289,7 @@ impl Around for Faults {
         F: FnMut() -> C + Send,
         C: Future<Output = Result<T>> + Send,
     {
-        let answer = self.disturb(call()).await?;
-        if request.changes() && self.loses_change() {
-            return Err(Error::new(Kind::Unavailable, "injected loss of an answer"));
-        }
-        Ok(answer)
+        if request.changes() { self.disturb_change(call()).await } else { self.disturb(call()).await }
     }
 }
 
@@ -309,7 +344,9 @@ impl Backend for Fault {
     }
 
     async fn read(&self, locator: &Bytes, version: &Bytes, range: Range<u64>) -> Result<ByteStream> {
-        self.faults.before().await?;
+        if self.faults.before().await? {
+            return Err(Error::new(Kind::Unavailable, "injected loss of an answer"));
+        }
         self.faults.script.0.lock().ranges.push(range.clone());
         let pieces = self.inner.read(locator, version, range.clone()).await?;
         Ok(match self.faults.cut(range.end.saturating_sub(range.start)) {

@@ -30,11 +30,11 @@ impl Limit {
     }
 }
 
-/// The limits of one origin.
+/// The limits of one origin, whichever of its traits is called.
 pub(crate) struct Limits {
-    requests: RateLimit,
-    bytes: RateLimit,
-    patience: Duration,
+    pub(crate) requests: RateLimit,
+    pub(crate) bytes: RateLimit,
+    pub(crate) patience: Duration,
 }
 
 impl Limits {
@@ -69,7 +69,8 @@ impl Around for Limits {
     }
 }
 
-async fn within<T>(patience: Duration, call: impl Future<Output = Result<T>>) -> Result<T> {
+/// A call that is given up after `patience`.
+pub(crate) async fn within<T>(patience: Duration, call: impl Future<Output = Result<T>>) -> Result<T> {
     match tokio::time::timeout(patience, call).await {
         Ok(answer) => answer,
         Err(_) => Err(Error::new(Kind::Timeout, format!("the origin sent nothing for {patience:?}"))),

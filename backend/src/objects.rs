@@ -1,7 +1,15 @@
 //! Changing an object store: whole objects, multipart uploads, copies inside the store, metadata. What a POSIX write becomes of these is
 //! decided in the FUSE client (`fuse-client/src/write/`); here each call is one request (or one page of a batch).
 //!
+//! Nodes that a change returns are those that a later listing shows: same locator, same version. Their time of modification is the store's where it
+//! tells one, else that of its answer, which may be a second off (no version holds it; see `object/version.rs`).
+//!
 //! Errors are final unless their verdict says [`efc_common::Retry::Later`]. [`efc_common::Kind::Conflict`]: a condition did not hold, nothing was changed.
+
+pub(crate) mod count;
+pub(crate) mod fault;
+pub(crate) mod limit;
+pub(crate) mod retry;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -10,6 +18,10 @@ use efc_common::node::{Node, Time};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// The metadata name under which [`crate::connect`]'s stack marks changes whose outcome may have to be told apart later; never shown in [`Metadata`].
+pub(crate) const NONCE: &str = "efc-write";
 
 /// What a store can do and how large things may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,10 +34,15 @@ pub struct ObjectLimits {
     pub parts_max: u32,
     /// AppendObject (OSS).
     pub append: bool,
-    /// A part may be a range of another object (UploadPartCopy).
+    /// A part may be a range of another object (UploadPartCopy), and the store makes sure that this is the version meant. Where it does not, copies are
+    /// checked by a HEAD right before, which is too little for putting pieces of changing files together.
     pub compose: bool,
-    /// `If-Match` and `If-None-Match` (OSS: forbid-overwrite) are honoured by PUT and by the completion of an upload. S3-compatible servers differ: probed once.
+    /// [`Condition::Absent`] is decided by the store itself, in PUT and in the completion of an upload (`If-None-Match: *`; OSS: forbid-overwrite,
+    /// which buckets with versioning ignore). S3-compatible servers differ, so it is probed once. Where it is false, and for [`Objects::copy`] everywhere,
+    /// the condition is looked at right before the change (one HEAD more): that stops who is late, not who comes in the same instant.
     pub conditional: bool,
+    /// The same for [`Condition::Version`] (`If-Match`). OSS never has it.
+    pub conditional_version: bool,
 }
 
 /// What is kept beside the bytes of an object, in the layout of s3fs and ossfs (`mode`, `uid`, `gid`, `mtime` as user metadata, decimal) which rclone reads as well.
@@ -43,6 +60,9 @@ pub struct Metadata {
     pub content_type: Option<String>,
     /// All other user metadata, kept as it was found (names in lower case, without the `x-amz-meta-` prefix).
     pub other: BTreeMap<String, String>,
+    /// The other headers that objects keep and a copy with new metadata would lose, by lower-case name: `cache-control`, `content-disposition`,
+    /// `content-encoding`, `content-language`, `expires`.
+    pub headers: BTreeMap<String, String>,
 }
 
 /// Condition of a change.
@@ -91,7 +111,8 @@ pub trait Objects: Send + Sync + 'static {
     async fn limits(&self) -> Result<ObjectLimits>;
 
     /// The locator of `name` in `dir`: of an object, or with `directory` of a prefix. [`efc_common::Kind::Invalid`] for a name that [`crate::names`] cannot
-    /// lead back to a key, [`efc_common::Kind::NameTooLong`] for a key over 1,024 bytes.
+    /// lead back to a key, [`efc_common::Kind::NameTooLong`] for a key over 1,024 bytes. `a%efc-file` leads to object `a`: it keeps that name only as long as a
+    /// prefix `a/` exists, so whoever makes something new under such a name looks first.
     fn child(&self, dir: &Bytes, name: &[u8], directory: bool) -> Result<Bytes>;
 
     /// Writes a whole object (for the locator of a directory: its marker). The new node.
@@ -123,10 +144,12 @@ pub trait Objects: Send + Sync + 'static {
     /// Uploads begun below the mounted prefix and never ended, for the sweep.
     async fn open_uploads(&self) -> Result<Vec<OpenUpload>>;
 
-    /// Appends at `position`, which must be the object's size ([`efc_common::Kind::Conflict`] else); 0 makes an appendable object.
+    /// Appends at `position`, which must be the object's size ([`efc_common::Kind::Conflict`] else); 0 makes an appendable object and gives it `metadata`, which
+    /// is not looked at later. [`efc_common::Kind::Unsupported`] for an object that was made in another way, and where `limits` says so.
     async fn append(&self, locator: &Bytes, position: u64, body: Body, metadata: &Metadata) -> Result<Node>;
 
-    /// Copies an object inside the store, by parts where it is too large for one request; metadata is kept unless given.
+    /// Copies an object inside the store, by parts where it is too large for one request; metadata is kept unless given. [`efc_common::Kind::Stale`] when the
+    /// source is another version. Tags, ACL and storage class become what the store gives to a new object.
     async fn copy(
         &self,
         source: (&Bytes, &Bytes),
@@ -141,9 +164,21 @@ pub trait Objects: Send + Sync + 'static {
     /// An object's node and metadata (HEAD); of a directory its marker's.
     async fn head(&self, locator: &Bytes) -> Result<(Node, Metadata)>;
 
-    /// One page of all keys below a directory, at any depth, in the store's order: for directory rename and removal.
+    /// One page of all keys below a directory, at any depth, in the store's order: for directory rename and removal. Every key comes as an object, the
+    /// markers of the directory and of those below it too; names are those of last segments, so only locators are unique.
     async fn keys_below(&self, dir: &Bytes, from: Option<Bytes>) -> Result<crate::ListPage>;
 }
 
 /// An object store shared by many callers.
 pub type DynObjects = Arc<dyn Objects>;
+
+/// How much longer than a request without a body one with so many bytes may take in all: a line that carries less than 1 MiB a second is given up, after
+/// the protocol client has seen it get on all the time.
+pub(crate) fn allowance(bytes: u64) -> Duration {
+    Duration::from_secs(bytes >> 20)
+}
+
+/// Bytes of a body.
+pub(crate) fn body_bytes(body: &Body) -> u64 {
+    body.iter().map(|piece| piece.len() as u64).sum()
+}

@@ -35,7 +35,7 @@ pub(crate) struct Retry {
     check: Duration,
 }
 
-/// How one source is retried; streams and trees share it.
+/// How one source is retried; its traits and their streams share it.
 pub(crate) struct Policy {
     source: String,
     deadline: Duration,
@@ -52,6 +52,7 @@ pub(crate) struct Outage {
 }
 
 impl Outage {
+    /// One that begins now and is over after `deadline`.
     pub(crate) fn new(deadline: Duration) -> Outage {
         let now = Instant::now();
         Outage { began: now, end: now + deadline, attempts: 0, last: None }

@@ -194,6 +194,11 @@ pub const OPTIONS: &[SourceOption] = &[
         kinds: OBJECT,
         help: "true: http://host/bucket/key instead of http://bucket.host/key (default true for S3 with endpoint=)",
     },
+    SourceOption {
+        name: "payload_hash",
+        kinds: &[SourceKind::S3],
+        help: "true: sign the content of uploads too, at the cost of a SHA-256 (default: over http only)",
+    },
     SourceOption { name: "ca_file", kinds: OBJECT, help: "PEM file of an own certificate authority" },
     SourceOption {
         name: "connections",

@@ -4,9 +4,13 @@
 //! It stands on hyper's own client (the engine below reqwest), because reqwest takes URLs only as `url::Url`, which folds `.` and
 //! `..` segments of a path away, encoded or not: keys such as `a/../b` could not be asked for. It also hands us hyper's buffers untouched.
 //!
-//! What must stay true: the bytes that are signed are the bytes that are sent; every wait has a deadline (connect and first byte:
-//! `timeout`, then `timeout` between two pieces of a body); connections belong to the client and end with it.
+//! What must stay true: the bytes that are signed are the bytes that are sent; every wait has a deadline (connect, each piece of our body that is
+//! taken, and first byte: `timeout`, then `timeout` between two pieces of the answer); connections belong to the client and end with it.
+//!
+//! What is signed of a body: OSS never signs content. S3 takes a SHA-256 of it or the word UNSIGNED-PAYLOAD; over https we send the word, as SDKs do,
+//! because TLS protects the content already; over http the hash, since nothing else guards it and some servers insist. `payload_hash` overrules.
 
+use super::body::{Pieces, Progress, total};
 use super::credentials::{Credentials, Held};
 use super::error::{self, About};
 use super::sign::{self, Signature, Target};
@@ -15,9 +19,9 @@ use efc_common::source::{SourceKind, SourceSpec};
 use efc_common::task::TaskGroup;
 use efc_common::units::parse_duration;
 use efc_common::{Error, Kind, Result, Retry};
-use http::header::{HOST, USER_AGENT};
+use http::header::{CONTENT_LENGTH, HOST, USER_AGENT};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, Uri};
-use http_body_util::{BodyExt, Empty};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client as Engine;
@@ -27,6 +31,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+use tokio::time::{Instant, timeout_at};
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
 const DEFAULT_CONNECTIONS: usize = 64;
@@ -34,6 +39,10 @@ const DEFAULT_CONNECTIONS: usize = 64;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
 /// Longest error body that is read.
 const ERROR_BYTES_MAX: usize = 64 << 10;
+/// Bodies up to this are hashed whatever the policy: they are documents, or cost nothing.
+const HASH_ALWAYS_BYTES: u64 = 16 << 10;
+/// Bodies from this on are hashed beside the runtime's threads.
+const HASH_ASIDE_BYTES: u64 = 1 << 20;
 
 /// How this store differs from its sibling.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,9 +53,19 @@ pub(crate) enum Dialect {
     Oss,
 }
 
-/// A request without a body.
+impl Dialect {
+    /// The one of two that fits.
+    pub(crate) fn pick<T>(self, s3: T, oss: T) -> T {
+        match self {
+            Dialect::S3 => s3,
+            Dialect::Oss => oss,
+        }
+    }
+}
+
+/// A request.
 pub(crate) struct Call<'a> {
-    /// GET or HEAD.
+    /// Method.
     pub(crate) method: Method,
     /// Raw key; empty for the bucket itself.
     pub(crate) key: &'a [u8],
@@ -54,11 +73,22 @@ pub(crate) struct Call<'a> {
     pub(crate) query: &'a [(&'static str, &'a [u8])],
     /// Headers of this request.
     pub(crate) headers: Vec<(HeaderName, HeaderValue)>,
+    /// The body, in pieces.
+    pub(crate) body: &'a [Bytes],
+    /// How much longer than `timeout` the store may work before it answers.
+    pub(crate) patience: Duration,
+}
+
+impl<'a> Call<'a> {
+    /// A request without parameters, headers and body.
+    pub(crate) fn new(method: Method, key: &'a [u8]) -> Call<'a> {
+        Call { method, key, query: &[], headers: Vec::new(), body: &[], patience: Duration::ZERO }
+    }
 }
 
 /// See the module.
 pub(crate) struct Client {
-    engine: Engine<HttpsConnector<HttpConnector>, Empty<Bytes>>,
+    engine: Engine<HttpsConnector<HttpConnector>, Pieces>,
     tasks: TaskGroup,
     signature: Signature,
     credentials: Credentials,
@@ -66,6 +96,7 @@ pub(crate) struct Client {
     base: String,
     host: String,
     path_style: bool,
+    hash_payload: bool,
     timeout: Duration,
     pub(crate) dialect: Dialect,
     pub(crate) about: About,
@@ -111,6 +142,12 @@ impl Client {
         let (scheme, service) = (spec.endpoint.split_once("://"))
             .ok_or_else(|| invalid(format!("endpoint `{}` must be http[s]://host[:port]", spec.endpoint)))?;
         let path_style = path_style(spec, scheme, service)?;
+        let hash_payload = match spec.option("payload_hash") {
+            None => scheme != "https",
+            Some("true") => true,
+            Some("false") => false,
+            Some(other) => return Err(invalid(format!("payload_hash={other} must be true or false"))),
+        };
         let host = if path_style { service.to_string() } else { format!("{}.{service}", spec.bucket) };
         let base = format!("{scheme}://{host}");
         base.parse::<Uri>().map_err(|e| invalid(format!("endpoint `{}` is no address", spec.endpoint)).caused_by(e))?;
@@ -134,25 +171,33 @@ impl Client {
             base,
             host: without_default_port(&host, scheme),
             path_style,
+            hash_payload,
             timeout,
             dialect,
             about,
         })
     }
 
+    /// Is it Amazon's own service, and not one that resembles it?
+    pub(crate) fn is_amazon(&self) -> bool {
+        let host = host_name(&self.host);
+        self.dialect == Dialect::S3 && (host.ends_with(".amazonaws.com") || host.ends_with(".amazonaws.com.cn"))
+    }
+
     /// Sends `call` once. Answers with status 2xx come back as they are, with their body still to be read.
     pub(crate) async fn send(&self, call: &Call<'_>) -> Result<Response<Incoming>> {
         let held = self.credentials.get().await?;
-        let request = self.request(call, held.as_deref())?;
-        let answer = match tokio::time::timeout(self.timeout, self.engine.request(request)).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(e)) => {
+        let payload = match held {
+            Some(_) => self.payload(call.body).await?,
+            None => String::new(),
+        };
+        let request = self.request(call, held.as_deref(), &payload)?;
+        let progress = request.body().progress();
+        let answer = match self.within(&progress, call.patience, self.engine.request(request)).await? {
+            Ok(answer) => answer,
+            Err(e) => {
                 let connecting = e.is_connect();
                 return Err(error::unreachable(&self.about, e, connecting));
-            }
-            Err(_) => {
-                let (endpoint, ms) = (&self.about.endpoint, self.timeout.as_millis());
-                return Err(Error::new(Kind::Timeout, format!("{endpoint} did not answer within {ms} ms")));
             }
         };
         if answer.status().is_success() {
@@ -167,6 +212,37 @@ impl Client {
             _ => false,
         };
         Err(if renewed { error.with_retry(Retry::Later) } else { error })
+    }
+
+    /// Waits for `call` as long as it gets on.
+    async fn within<T>(&self, progress: &Progress, patience: Duration, call: impl Future<Output = T>) -> Result<T> {
+        let patience = self.timeout + patience;
+        let mut call = std::pin::pin!(call);
+        loop {
+            if let Ok(answer) = timeout_at(progress.last() + patience, &mut call).await {
+                return Ok(answer);
+            }
+            if progress.last() + patience <= Instant::now() {
+                let (endpoint, ms) = (&self.about.endpoint, patience.as_millis());
+                return Err(Error::new(Kind::Timeout, format!("{endpoint} did not answer within {ms} ms")));
+            }
+        }
+    }
+
+    /// What the signature says of a body; see the module.
+    async fn payload(&self, body: &[Bytes]) -> Result<String> {
+        let size = total(body);
+        match self.dialect {
+            Dialect::Oss => Ok(sign::UNSIGNED.into()),
+            Dialect::S3 if size == 0 => Ok(sign::EMPTY_SHA256.into()),
+            Dialect::S3 if size > HASH_ALWAYS_BYTES && !self.hash_payload => Ok(sign::UNSIGNED.into()),
+            Dialect::S3 if size < HASH_ASIDE_BYTES => Ok(sign::hash(body)),
+            Dialect::S3 => {
+                let body = body.to_vec();
+                let hashed = tokio::task::spawn_blocking(move || sign::hash(&body)).await;
+                hashed.map_err(|e| Error::new(Kind::Cancelled, "the process is stopping").caused_by(e))
+            }
+        }
     }
 
     /// Reads a whole body of at most `max` bytes.
@@ -201,7 +277,7 @@ impl Client {
         }
     }
 
-    fn request(&self, call: &Call<'_>, held: Option<&Held>) -> Result<http::Request<Empty<Bytes>>> {
+    fn request(&self, call: &Call<'_>, held: Option<&Held>, payload: &str) -> Result<http::Request<Pieces>> {
         let key = sign::encode_path(call.key);
         let path = if self.path_style { format!("/{}/{key}", self.about.bucket) } else { format!("/{key}") };
         let mut query: Vec<(String, String)> =
@@ -216,6 +292,7 @@ impl Client {
                 path: &path,
                 resource: &resource,
                 query: &query,
+                payload,
             };
             self.signature.sign(&held.keys, SystemTime::now(), &target, &mut headers)?;
         }
@@ -223,12 +300,16 @@ impl Client {
             HeaderValue::from_str(&self.host).map_err(|_| invalid(format!("`{}` is no host name", self.host)))?;
         headers.insert(HOST, host);
         headers.insert(USER_AGENT, HeaderValue::from_static(concat!("efc/", env!("CARGO_PKG_VERSION"))));
+        if matches!(call.method, Method::PUT | Method::POST) {
+            // hyper leaves it out where a body is empty, and stores answer 411 then.
+            headers.insert(CONTENT_LENGTH, HeaderValue::from(total(call.body)));
+        }
         let mark = if query.is_empty() { "" } else { "?" };
         let uri = format!("{}{path}{mark}{}", self.base, sign::query(&query, false));
         let mut request = http::Request::builder()
             .method(call.method.clone())
             .uri(uri)
-            .body(Empty::new())
+            .body(Pieces::new(call.body))
             .map_err(|e| invalid("the key is too long for a request".into()).caused_by(e))?;
         *request.headers_mut() = headers;
         Ok(request)
@@ -403,6 +484,7 @@ mod tests {
             ("s3://b", &[("sig", "v1")], "use v4"),
             ("s3://b", &[("connections", "0")], "connections=0"),
             ("s3://b", &[("path_style", "yes")], "path_style=yes"),
+            ("s3://b", &[("payload_hash", "md5")], "payload_hash=md5"),
             ("s3://b", &[("ca_file", "/nonexistent.pem")], "/nonexistent.pem"),
             ("s3://a?b", &[], "bucket name"),
         ] {
@@ -420,9 +502,8 @@ mod tests {
             (b"//x//", "/b///x//"),
             (b"\xff\n\0 +?#%", "/b/%FF%0A%00%20%2B%3F%23%25"),
         ] {
-            let call =
-                Call { method: Method::GET, key, query: &[("prefix", b"a b"), ("delimiter", b"/")], headers: vec![] };
-            let request = c.request(&call, None).expect("request");
+            let call = Call { query: &[("prefix", b"a b"), ("delimiter", b"/")], ..Call::new(Method::GET, key) };
+            let request = c.request(&call, None, "").expect("request");
             assert_eq!(
                 request.uri().path_and_query().expect("path").as_str(),
                 format!("{path}?delimiter=%2F&prefix=a%20b")

@@ -26,10 +26,11 @@ pub(crate) struct Cursor {
     pub(crate) open: Vec<Object>,
 }
 
-const LAYOUT: u8 = 1;
+const LAYOUT: u8 = 2;
 
 impl Cursor {
-    fn encode(&self) -> Bytes {
+    /// The page token.
+    pub(crate) fn encode(&self) -> Bytes {
         let mut out = vec![LAYOUT];
         let mut push = |bytes: &[u8]| {
             out.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
@@ -39,6 +40,7 @@ impl Cursor {
         for object in &self.open {
             push(&object.key);
             push(&object.version.encode());
+            push(&object.version.mtime_secs.to_le_bytes());
         }
         out.into()
     }
@@ -58,8 +60,11 @@ impl Cursor {
         let mut cursor = Cursor { token: String::from_utf8(token.to_vec()).map_err(|_| bad())?, open: Vec::new() };
         while !end {
             let (key, _) = pull().ok_or_else(bad)?;
-            let (version, last) = pull().ok_or_else(bad)?;
-            cursor.open.push(Object { key: key.to_vec(), version: Version::decode(version)? });
+            let (version, _) = pull().ok_or_else(bad)?;
+            let (mtime, last) = pull().ok_or_else(bad)?;
+            let mtime_secs = i64::from_le_bytes(mtime.try_into().map_err(|_| bad())?);
+            let version = Version { mtime_secs, ..Version::decode(version)? };
+            cursor.open.push(Object { key: key.to_vec(), version });
             end = last;
         }
         Ok(cursor)

@@ -88,6 +88,20 @@ pub(crate) fn refused(about: &About, status: StatusCode, headers: &HeaderMap, bo
     (error, d)
 }
 
+/// The status that a code comes with, where a document comes without its own: one key of many, or behind a status that was sent too early.
+pub(crate) fn status_of(code: &str) -> StatusCode {
+    match code {
+        "AccessDenied" => StatusCode::FORBIDDEN,
+        "NoSuchKey" | "NoSuchUpload" | "NoSuchBucket" => StatusCode::NOT_FOUND,
+        "PreconditionFailed" => StatusCode::PRECONDITION_FAILED,
+        "ConditionalRequestConflict" | "OperationAborted" => StatusCode::CONFLICT,
+        "NotImplemented" => StatusCode::NOT_IMPLEMENTED,
+        "EntityTooSmall" | "MalformedXML" => StatusCode::BAD_REQUEST,
+        code if code.starts_with("Invalid") => StatusCode::BAD_REQUEST,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
 /// Codes that say more than their status.
 fn by_code(about: &About, status: StatusCode, headers: &HeaderMap, d: &Document) -> Option<Error> {
     let About { bucket, endpoint, credentials } = about;
@@ -121,6 +135,29 @@ fn by_code(about: &About, status: StatusCode, headers: &HeaderMap, d: &Document)
             Some(Error::new(Kind::Io, "the object is archived: restore it at the store before reading it"))
         }
         "UserDisable" => denied(format!("the account of the access key from {credentials} is disabled or overdue")),
+        "FileAlreadyExists" | "ObjectAlreadyExists" => {
+            Some(Error::new(Kind::Conflict, "the object exists already, nothing was overwritten"))
+        }
+        "PositionNotEqualToLength" => {
+            Some(Error::new(Kind::Conflict, "the object has another size than the appended bytes were meant for"))
+        }
+        "ObjectNotAppendable" => Some(Error::new(
+            Kind::Unsupported,
+            "the object was not made by appending, so nothing can be appended to it",
+        )),
+        "FileImmutable" => Some(Error::new(Kind::NotPermitted, "the object is under retention: nothing may change it")),
+        "EntityTooLarge" => Some(Error::new(Kind::TooLarge, format!("{endpoint} takes no object this large"))),
+        "KeyTooLongError" | "KeyTooLong" => {
+            Some(Error::new(Kind::NameTooLong, format!("{endpoint} takes no key this long")))
+        }
+        "BadDigest" | "InvalidDigest" | "XAmzContentSHA256Mismatch" => {
+            let what = format!("{endpoint} received other bytes than were sent");
+            Some(Error::new(Kind::Corrupt, what).with_retry(Retry::Later))
+        }
+        "XMinioStorageFull" | "InsufficientStorage" => Some(Error::new(Kind::NoSpace, format!("{endpoint} is full"))),
+        "QuotaExceeded" | "BucketQuotaExceeded" | "XMinioAdminBucketQuotaExceeded" => {
+            Some(Error::new(Kind::NoQuota, format!("the quota of bucket `{bucket}` is used up")))
+        }
         "SlowDown" | "ServiceUnavailable" | "RequestLimitExceeded" | "ThrottlingException" | "QpsLimitExceeded" => {
             Some(Error::new(Kind::Unavailable, format!("{endpoint} is overloaded or limits our request rate")))
         }
@@ -173,6 +210,8 @@ fn by_status(about: &About, status: StatusCode, d: &Document) -> Error {
         408 => (Kind::Timeout, format!("{endpoint} gave the request up{said}")),
         409 => (Kind::Busy, format!("{endpoint} is busy with a conflicting request{said}")),
         412 | 416 => (Kind::Stale, format!("the object changed{said}")),
+        413 => (Kind::TooLarge, format!("{endpoint} takes no request this large{said}")),
+        507 => (Kind::NoSpace, format!("{endpoint} is full{said}")),
         429 => (Kind::Unavailable, format!("{endpoint} limits our request rate{said}")),
         500..=599 => (Kind::Unavailable, format!("{endpoint} failed{said}")),
         _ => (Kind::Io, format!("{endpoint} gave an answer that means nothing here{said}")),
@@ -249,6 +288,14 @@ mod tests {
             (code(501, "NotImplemented"), Unsupported, Never, "does not offer"),
             (code(412, "PreconditionFailed"), Stale, Never, "changed"),
             (code(409, "OperationAborted"), Busy, Later, "busy"),
+            (code(409, "ConditionalRequestConflict"), Busy, Later, "busy"),
+            (code(409, "FileAlreadyExists"), Conflict, Never, "exists already"),
+            (code(409, "PositionNotEqualToLength"), Conflict, Never, "another size"),
+            (code(409, "ObjectNotAppendable"), Unsupported, Never, "appending"),
+            (code(400, "EntityTooLarge"), TooLarge, Never, "this large"),
+            (code(400, "KeyTooLongError"), NameTooLong, Never, "this long"),
+            (code(400, "BadDigest"), Corrupt, Later, "other bytes"),
+            (answer(507, ""), NoSpace, Never, "full"),
             (answer(502, "<html>"), Unavailable, Later, "failed"),
             (answer(429, ""), Unavailable, Later, "rate"),
             (answer(301, ""), Invalid, Never, "elsewhere"),

@@ -1,22 +1,35 @@
 //! Object stores: native OSS and S3 clients behind [`Backend`]. The two differ in signature, a few headers and error codes; listing,
 //! names and reading are the same. One request per call where the protocol permits it, never a HEAD for what a listing tells.
 //!
-//! - `client` sends one signed request; `sign` and `credentials` serve it; `error` words its failures.
+//! - `client` sends one signed request; `sign`, `body` and `credentials` serve it; `error` words its failures.
 //! - `list` reads XML pages, `directory` turns them into directory pages with POSIX names ([`crate::names`]).
 //! - `version` is the layout of version tokens and locators.
+//! - `change` is the way in for everything that writes: `put`, `multipart`, `copy`, `delete`; `metadata` is the layout of POSIX attributes,
+//!   `probe` finds out which conditions the store honours, `document` is the XML that is no listing.
 //!
 //! What must stay true: one attempt per request (retries are a decorator's); [`Backend::read`] yields bytes of exactly the version
 //! asked for, or an error.
 
+mod body;
+mod change;
 mod client;
+pub(crate) mod copy;
 mod credentials;
+pub(crate) mod delete;
 mod directory;
+mod document;
 mod error;
 mod list;
+mod metadata;
+pub(crate) mod multipart;
+mod probe;
+mod put;
 mod read;
 mod sign;
 mod version;
 
+#[cfg(any(test, feature = "suite"))]
+pub use copy::by_parts as copy_by_parts;
 pub use credentials::{keys_from_env, keys_to_send};
 
 use crate::{Backend, ByteStream, Capabilities, FsStats, ListPage, names};
@@ -47,6 +60,7 @@ pub struct ObjectBackend {
     client: Arc<Client>,
     source: SourceId,
     path: Bytes,
+    conditions: tokio::sync::OnceCell<probe::Conditions>,
 }
 
 /// Makes the backend of an `oss://` or `s3://` source. No network I/O; must run inside a tokio runtime only once requests are sent.
@@ -57,7 +71,8 @@ pub struct ObjectBackend {
 pub fn connect(spec: &SourceSpec, keys: Option<&StaticKeys>) -> Result<ObjectBackend> {
     let credentials = Credentials::new(spec, keys)?;
     let client = Arc::new(Client::new(spec, credentials)?);
-    Ok(ObjectBackend { client, source: spec.id(), path: Bytes::copy_from_slice(spec.path.as_bytes()) })
+    let path = Bytes::copy_from_slice(spec.path.as_bytes());
+    Ok(ObjectBackend { client, source: spec.id(), path, conditions: tokio::sync::OnceCell::new() })
 }
 
 #[async_trait]
@@ -73,7 +88,7 @@ impl Backend for ObjectBackend {
     /// Checks bucket, key and endpoint by asking for the bucket's location: neither a LIST nor a HEAD. Keys that may not ask that (and
     /// servers that cannot answer) are checked by a list of one key. A prefix without any key is an empty directory, not an error.
     async fn root(&self) -> Result<Node> {
-        let call = Call { method: Method::GET, key: b"", query: &[("location", b"")], headers: vec![] };
+        let call = Call { query: &[("location", b"")], ..Call::new(Method::GET, b"") };
         match self.client.send(&call).await {
             Ok(answer) => {
                 self.client.collect(answer.into_body(), LIST_BYTES_MAX).await?;
@@ -121,7 +136,7 @@ impl Backend for ObjectBackend {
                 Ok(directory::directory_node(prefix.to_vec(), marker_mtime(prefix, &listing)))
             }
             Place::File(key) => {
-                let call = Call { method: Method::HEAD, key, query: &[], headers: vec![] };
+                let call = Call::new(Method::HEAD, key);
                 let answer = self.client.send(&call).await?;
                 let version = head_version(answer.headers())?;
                 Ok(directory::file_node(list::Object { key: key.to_vec(), version }))
@@ -178,7 +193,7 @@ impl ObjectBackend {
         if !token.is_empty() {
             query.push(("continuation-token", token.as_bytes()));
         }
-        let answer = self.client.send(&Call { method: Method::GET, key: b"", query: &query, headers: vec![] }).await?;
+        let answer = self.client.send(&Call { query: &query, ..Call::new(Method::GET, b"") }).await?;
         let body = self.client.collect(answer.into_body(), LIST_BYTES_MAX).await?;
         list::parse(&body)
     }

@@ -37,7 +37,7 @@ pub(super) async fn read(client: &Arc<Client>, key: &[u8], version: &Version, ra
         // Without it OSS answers a range behind the end with the whole object.
         headers.push((HeaderName::from_static("x-oss-range-behavior"), HeaderValue::from_static("standard")));
     }
-    let call = Call { method: Method::GET, key, query: &[], headers };
+    let call = Call { headers, ..Call::new(Method::GET, key) };
     let answer = client.send(&call).await.map_err(|e| match e.kind() {
         Kind::NotFound if e.context("code") != Some("NoSuchBucket") => stale("it was removed").caused_by(e),
         _ => e,
@@ -57,18 +57,13 @@ fn stale(what: &str) -> Error {
 
 /// Is this the answer for `range` of `version`?
 fn check(status: StatusCode, headers: &HeaderMap, version: &Version, range: &Range<u64>) -> Result<()> {
-    match headers.get(header::ETAG).map(|v| bare_etag(v.as_bytes())) {
-        Some(etag) if !version.etag.is_empty() => {
-            if etag != version.etag {
-                return Err(stale("its ETag is another"));
-            }
-        }
-        // Without ETags the time of the last change is all there is.
-        _ => {
-            if last_modified(headers) != Some(version.mtime_secs) {
-                return Err(stale("its time of modification is another"));
-            }
-        }
+    let etag = headers.get(header::ETAG).map_or(&b""[..], |v| bare_etag(v.as_bytes()));
+    if !version.etag.is_empty() && etag != version.etag {
+        return Err(stale("its ETag is another"));
+    }
+    // Without ETags the time of the last change is all there is.
+    if version.etag.is_empty() && last_modified(headers) != Some(version.mtime_secs) {
+        return Err(stale("its time of modification is another"));
     }
     let text = |name: HeaderName| headers.get(name).and_then(|v| v.to_str().ok());
     if status == StatusCode::PARTIAL_CONTENT {

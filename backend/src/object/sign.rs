@@ -7,6 +7,7 @@
 //! Sources: AWS "Signature Calculations for the Authorization Header: Transferring Payload in a Single Chunk"; Alibaba Cloud OSS
 //! "Include a V1 signature in the Authorization header", "Include a V4 signature in the Authorization header".
 
+use bytes::Bytes;
 use efc_common::source::StaticKeys;
 use efc_common::{Error, Kind, Result};
 use http::HeaderMap;
@@ -17,13 +18,29 @@ use ring::{digest, hmac};
 use std::fmt::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// SHA-256 of nothing: all our requests have no body.
-const EMPTY_SHA256: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+/// SHA-256 of nothing.
+pub(crate) const EMPTY_SHA256: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+/// Stands for the hash of a body that is not signed.
+pub(crate) const UNSIGNED: &str = "UNSIGNED-PAYLOAD";
 
 /// Bytes that both signatures leave unencoded in a query.
 const QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 /// The same for a path, which keeps its slashes.
 const PATH: &AsciiSet = &QUERY.remove(b'/');
+
+/// Of the parameters we send those that V1 signs.
+const V1_SUBRESOURCES: [&str; 9] = [
+    "append",
+    "bucketInfo",
+    "continuation-token",
+    "delete",
+    "location",
+    "partNumber",
+    "position",
+    "uploadId",
+    "uploads",
+];
 
 /// Percent-encodes raw bytes for a path; slashes stay.
 pub(crate) fn encode_path(bytes: &[u8]) -> String {
@@ -33,6 +50,13 @@ pub(crate) fn encode_path(bytes: &[u8]) -> String {
 /// Percent-encodes raw bytes for a query.
 pub(crate) fn encode_query(bytes: &[u8]) -> String {
     percent_encode(bytes, QUERY).to_string()
+}
+
+/// SHA-256 of a body, in hexadecimal.
+pub(crate) fn hash(pieces: &[Bytes]) -> String {
+    let mut context = digest::Context::new(&digest::SHA256);
+    pieces.iter().for_each(|p| context.update(p));
+    efc_common::id::hex(context.finish().as_ref())
 }
 
 /// Which signature, with the region it is made for.
@@ -58,6 +82,8 @@ pub(crate) struct Target<'a> {
     pub(crate) resource: &'a [u8],
     /// Encoded names and values, sorted by name.
     pub(crate) query: &'a [(String, String)],
+    /// Hash of the body, or [`UNSIGNED`].
+    pub(crate) payload: &'a str,
 }
 
 impl Signature {
@@ -79,16 +105,21 @@ impl Signature {
 
 fn sign_s3(region: &str, keys: &StaticKeys, now: SystemTime, t: &Target<'_>, headers: &mut HeaderMap) -> Result<()> {
     let time = Moment::at(now);
-    put(headers, "x-amz-content-sha256", EMPTY_SHA256)?;
+    put(headers, "x-amz-content-sha256", t.payload)?;
     put(headers, "x-amz-date", &time.long)?;
     if !keys.token.expose().is_empty() {
         put(headers, "x-amz-security-token", keys.token.expose())?;
     }
-    let signed = canonical_headers(headers, |name| name.starts_with("x-amz-"), Some(t.host));
+    let wanted = |name: &str| name.starts_with("x-amz-") || name == "content-type" || name == "content-md5";
+    let mut signed = canonical_headers(headers, wanted, Some(t.host));
+    for (_, value) in &mut signed {
+        // AWS signs runs of blanks as one; OSS does not.
+        value.dedup_by(|a, b| (*a, *b) == (b' ', b' '));
+    }
     let names = signed.iter().map(|(n, _)| n.as_str()).collect::<Vec<_>>().join(";");
     let mut request = format!("{}\n{}\n{}\n", t.method, t.path, query(t.query, true)).into_bytes();
     push_headers(&mut request, &signed);
-    request.extend_from_slice(format!("\n{names}\n{EMPTY_SHA256}").as_bytes());
+    request.extend_from_slice(format!("\n{names}\n{}", t.payload).as_bytes());
     let scope = format!("{}/{region}/s3/aws4_request", time.short);
     let signature =
         chain(b"AWS4", keys, [&time.short, region, "s3", "aws4_request"], "AWS4-HMAC-SHA256", &time, &scope, &request);
@@ -106,7 +137,7 @@ fn sign_oss_v4(
     headers: &mut HeaderMap,
 ) -> Result<()> {
     let time = Moment::at(now);
-    put(headers, "x-oss-content-sha256", "UNSIGNED-PAYLOAD")?;
+    put(headers, "x-oss-content-sha256", UNSIGNED)?;
     put(headers, "x-oss-date", &time.long)?;
     if !keys.token.expose().is_empty() {
         put(headers, "x-oss-security-token", keys.token.expose())?;
@@ -116,7 +147,7 @@ fn sign_oss_v4(
     let mut request = format!("{}\n{}\n{}\n", t.method, encode_path(t.resource), query(t.query, false)).into_bytes();
     push_headers(&mut request, &signed);
     // No additional signed headers: an empty line.
-    request.extend_from_slice(b"\n\nUNSIGNED-PAYLOAD");
+    request.extend_from_slice(format!("\n\n{UNSIGNED}").as_bytes());
     let scope = format!("{}/{region}/oss/aliyun_v4_request", time.short);
     let steps = [time.short.as_str(), region, "oss", "aliyun_v4_request"];
     let signature = chain(b"aliyun_v4", keys, steps, "OSS4-HMAC-SHA256", &time, &scope, &request);
@@ -135,10 +166,7 @@ fn sign_oss_v1(keys: &StaticKeys, now: SystemTime, t: &Target<'_>, headers: &mut
     push_headers(&mut text, &canonical_headers(headers, |name| name.starts_with("x-oss-"), None));
     text.extend_from_slice(t.resource);
     let mut mark = b'?';
-    // Of the parameters we send only these count as sub-resources in V1.
-    for (name, value) in
-        t.query.iter().filter(|(n, _)| matches!(n.as_str(), "location" | "bucketInfo" | "continuation-token"))
-    {
+    for (name, value) in t.query.iter().filter(|(n, _)| V1_SUBRESOURCES.contains(&n.as_str())) {
         text.push(mark);
         mark = b'&';
         text.extend_from_slice(name.as_bytes());
@@ -246,7 +274,8 @@ fn header_value(value: &str) -> Result<HeaderValue> {
     })
 }
 
-fn base64(bytes: &[u8]) -> String {
+/// Base64 with padding.
+pub(crate) fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for chunk in bytes.chunks(3) {

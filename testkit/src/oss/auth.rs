@@ -136,6 +136,11 @@ pub(super) fn authenticate(req: &Req, identities: &[Identity], region: &str) -> 
     Ok(Access { scheme, identity: Some(identity) })
 }
 
+/// A header's value as it is signed: AWS folds runs of blanks, OSS only trims.
+fn canonical(value: &str, oss: bool) -> String {
+    if oss { value.trim().into() } else { value.split_whitespace().collect::<Vec<_>>().join(" ") }
+}
+
 fn now_s() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64)
 }
@@ -364,7 +369,7 @@ impl Verifier<'_> {
             .headers
             .iter()
             .filter(|(n, _)| always(n) || named.contains(&n.as_str()))
-            .map(|(n, v)| (n.as_str(), v.split_whitespace().collect::<Vec<_>>().join(" ")))
+            .map(|(n, v)| (n.as_str(), canonical(v, oss)))
             .collect();
         headers.sort();
         let headers: String = headers.iter().map(|(n, v)| format!("{n}:{v}\n")).collect();

@@ -1,7 +1,7 @@
 //! Operations on the service and on buckets: list, make, remove, describe, list objects, delete many.
 
 use super::error::ApiError;
-use super::object::{check_md5, parse_xml};
+use super::object::{check_lock, check_md5, parse_xml};
 use super::request::{Answer, Req};
 use super::store::State;
 use super::{Dialect, Reply, bucket, bucket_mut};
@@ -237,23 +237,42 @@ struct DeleteOne {
     key: String,
 }
 
-/// POST `?delete`.
+/// POST `?delete`. Both stores want the body's digest; S3 names what it could not delete, OSS leaves it out of the answer.
 pub(super) fn delete_many(req: &Req, state: &mut State) -> Answer {
+    let digest = |(n, _): &(String, String)| n == "content-md5" || n.starts_with("x-amz-checksum-");
+    if !req.headers.iter().any(digest) {
+        return Err(match req.dialect {
+            Dialect::S3 => {
+                let message = "Missing required header for this request: Content-MD5 OR x-amz-checksum-*";
+                ApiError::new(400, "InvalidRequest", message)
+            }
+            Dialect::Oss => ApiError::new(400, "MissingArgument", "Missing Some Required Arguments: Content-MD5"),
+        });
+    }
     check_md5(req)?;
     let b = bucket_mut(state, req)?;
     let wanted: DeleteMany = parse_xml(&req.body)?;
     if wanted.objects.is_empty() || wanted.objects.len() > 1000 {
         return Err(ApiError::new(400, "MalformedXML", "Between 1 and 1000 keys can be deleted at once."));
     }
-    let url = req.param("encoding-type") == Some("url");
+    let url = req.param("encoding-type") == Some("url") && req.dialect == Dialect::Oss;
     let mut x = Xml::new("DeleteResult", namespace(req.dialect));
     if url {
         x.text("EncodingType", "url");
     }
     for object in wanted.objects {
-        b.objects.remove(object.key.as_bytes());
-        if !wanted.quiet {
-            x.open("Deleted").key("Key", object.key.as_bytes(), url).close("Deleted");
+        let key = object.key.as_bytes();
+        match check_lock(req.dialect, b, key) {
+            Ok(()) => {
+                b.objects.remove(key);
+                if !wanted.quiet {
+                    x.open("Deleted").key("Key", key, url).close("Deleted");
+                }
+            }
+            Err(e) if req.dialect == Dialect::S3 => {
+                x.open("Error").key("Key", key, url).text("Code", &e.code).text("Message", &e.message).close("Error");
+            }
+            Err(_) => {}
         }
     }
     Ok(Reply::new(200).xml(x.finish("DeleteResult")))

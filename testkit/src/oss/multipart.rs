@@ -1,7 +1,7 @@
 //! Multipart uploads: initiate, parts, copied parts, complete, abort, listings.
 
 use super::error::ApiError;
-use super::object::{check_md5, check_overwrite, copy_source, kept_headers, parse_xml};
+use super::object::{check_md5, check_metadata, check_overwrite, copy_source, kept_headers, parse_xml};
 use super::request::{Answer, Req};
 use super::store::{Object, Part, State, Upload};
 use super::{Dialect, Reply, bucket, bucket_mut};
@@ -33,6 +33,7 @@ fn upload_of<'a>(req: &Req, state: &'a mut State) -> Result<&'a mut Upload, ApiE
 
 /// POST `?uploads`.
 pub(super) fn initiate(req: &Req, state: &mut State) -> Answer {
+    check_metadata(req)?;
     let b = bucket_mut(state, req)?;
     check_overwrite(req, b, &req.key)?;
     let id = hex(&rand::random::<[u8; 16]>()).to_ascii_uppercase();
@@ -195,22 +196,35 @@ pub(super) fn list_parts(req: &Req, state: &mut State) -> Answer {
     Ok(Reply::new(200).xml(x.finish("ListPartsResult")))
 }
 
-/// GET `?uploads`: all of them on one page.
+/// GET `?uploads`: pages by key and id. The marker's own key comes again only with ids behind the marker's.
 pub(super) fn list_uploads(req: &Req, state: &State) -> Answer {
     let b = bucket(state, req)?;
     let url = req.param("encoding-type") == Some("url");
     let prefix = req.param_bytes("prefix").unwrap_or(&[]);
+    let limit = match req.number("max-uploads")?.unwrap_or(1000) {
+        n @ 1..=1000 => n as usize,
+        _ => return Err(ApiError::invalid_argument("Argument max-uploads must be an integer between 1 and 1000.")),
+    };
+    let (key_marker, id_marker) = (req.param_bytes("key-marker").unwrap_or(&[]), req.param("upload-id-marker"));
+    let behind = |key: &[u8], id: &str| match id_marker.filter(|_| !key_marker.is_empty()) {
+        Some(marker) => (key, id) > (key_marker, marker),
+        None => key_marker.is_empty() || key > key_marker,
+    };
+    let mut uploads: Vec<_> =
+        b.uploads.iter().filter(|(id, u)| u.key.starts_with(prefix) && behind(&u.key, id)).collect();
+    uploads.sort_by(|a, b| (&a.1.key, a.0).cmp(&(&b.1.key, b.0)));
+    let more = uploads.len() > limit;
+    uploads.truncate(limit);
     let mut x = Xml::new("ListMultipartUploadsResult", "");
     if url {
         x.text("EncodingType", "url");
     }
-    x.text("Bucket", req.bucket_name())
-        .key("Prefix", prefix, url)
-        .value("MaxUploads", 1000)
-        .value("IsTruncated", false);
-    x.text("KeyMarker", "").text("UploadIdMarker", "").text("NextKeyMarker", "").text("NextUploadIdMarker", "");
-    let mut uploads: Vec<_> = b.uploads.iter().filter(|(_, u)| u.key.starts_with(prefix)).collect();
-    uploads.sort_by(|a, b| (&a.1.key, a.0).cmp(&(&b.1.key, b.0)));
+    x.text("Bucket", req.bucket_name()).key("Prefix", prefix, url).value("MaxUploads", limit);
+    x.value("IsTruncated", more).key("KeyMarker", key_marker, url).text("UploadIdMarker", id_marker.unwrap_or(""));
+    match uploads.last().filter(|_| more) {
+        Some((id, last)) => x.key("NextKeyMarker", &last.key, url).text("NextUploadIdMarker", id),
+        None => x.text("NextKeyMarker", "").text("NextUploadIdMarker", ""),
+    };
     for (id, upload) in uploads {
         x.open("Upload").key("Key", &upload.key, url).text("UploadId", id);
         x.text("StorageClass", "Standard").text("Initiated", &iso_date(upload.started)).close("Upload");

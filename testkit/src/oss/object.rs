@@ -40,6 +40,36 @@ pub(super) fn kept_headers(req: &Req) -> BTreeMap<String, String> {
     kept
 }
 
+/// User metadata of one object, names and values: S3 takes 2 KiB, OSS 8 KiB.
+///
+/// # Errors
+/// `MetadataTooLarge` (S3) or `InvalidArgument` (OSS).
+pub(super) fn check_metadata(req: &Req) -> Result<(), ApiError> {
+    let meta = req.dialect.header("meta-");
+    let size: usize = req.headers.iter().filter_map(|(n, v)| Some(n.strip_prefix(&meta)?.len() + v.len())).sum();
+    match req.dialect {
+        Dialect::S3 if size > 2 << 10 => Err(ApiError::new(
+            400,
+            "MetadataTooLarge",
+            "Your metadata headers exceed the maximum allowed metadata size.",
+        )),
+        Dialect::Oss if size > 8 << 10 => Err(ApiError::invalid_argument("The user metadata is larger than 8 KB.")),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses to touch an object that is under retention.
+///
+/// # Errors
+/// `AccessDenied` (S3 Object Lock) or `FileImmutable` (OSS).
+pub(super) fn check_lock(dialect: Dialect, bucket: &Bucket, key: &[u8]) -> Result<(), ApiError> {
+    match dialect {
+        _ if !bucket.locked.contains(key) => Ok(()),
+        Dialect::S3 => Err(ApiError::access_denied("Access Denied because object protected by object lock.")),
+        Dialect::Oss => Err(ApiError::new(409, "FileImmutable", "The object you specified is immutable.")),
+    }
+}
+
 /// Refuses a body that does not fit its Content-MD5.
 pub(super) fn check_md5(req: &Req) -> Result<(), ApiError> {
     match req.header("content-md5") {
@@ -50,14 +80,18 @@ pub(super) fn check_md5(req: &Req) -> Result<(), ApiError> {
     }
 }
 
-/// Refuses to replace an object when the request says so.
+/// Refuses to replace an object when the request says so. In a bucket with versioning OSS replaces nothing and ignores the wish.
 pub(super) fn check_overwrite(req: &Req, bucket: &Bucket, key: &[u8]) -> Result<(), ApiError> {
+    check_lock(req.dialect, bucket, key)?;
+    if bucket.versioned && req.dialect == Dialect::Oss {
+        return Ok(());
+    }
     let existing = bucket.objects.get(key);
     if existing.is_some() && req.own_header("forbid-overwrite") == Some("true") && req.dialect == Dialect::Oss {
         let message = "The object you specified already exists and can not be overwritten.";
         return Err(ApiError::new(409, "FileAlreadyExists", message));
     }
-    if req.dialect == Dialect::S3 && req.header("x-amz-copy-source").is_none() {
+    if req.dialect == Dialect::S3 {
         if existing.is_some() && req.header("if-none-match") == Some("*") {
             return Err(ApiError::precondition_failed("If-None-Match"));
         }
@@ -204,6 +238,7 @@ fn stored(dialect: Dialect, object: &Object) -> Reply {
 /// PUT of an object.
 pub(super) fn put(req: &Req, state: &mut State) -> Answer {
     check_md5(req)?;
+    check_metadata(req)?;
     let bucket = bucket_mut(state, req)?;
     check_overwrite(req, bucket, &req.key)?;
     let mut object = Object::normal(req.dialect, req.body.clone(), kept_headers(req));
@@ -215,7 +250,9 @@ pub(super) fn put(req: &Req, state: &mut State) -> Answer {
 
 /// DELETE of an object; one that does not exist is deleted just as well.
 pub(super) fn delete(req: &Req, state: &mut State) -> Answer {
-    bucket_mut(state, req)?.objects.remove(&req.key);
+    let bucket = bucket_mut(state, req)?;
+    check_lock(req.dialect, bucket, &req.key)?;
+    bucket.objects.remove(&req.key);
     Ok(Reply::new(204))
 }
 
@@ -223,6 +260,10 @@ pub(super) fn delete(req: &Req, state: &mut State) -> Answer {
 pub(super) fn append(req: &Req, state: &mut State) -> Answer {
     let position = req.number("position")?.ok_or_else(|| ApiError::invalid_argument("position is missing."))?;
     check_md5(req)?;
+    check_metadata(req)?;
+    if position > 0 && req.headers.iter().any(|(n, _)| n.starts_with("x-oss-meta-")) {
+        return Err(ApiError::invalid_argument("User metadata can be given to the first append only."));
+    }
     let bucket = bucket_mut(state, req)?;
     check_overwrite(req, bucket, &req.key)?;
     let existing = bucket.objects.get(&req.key);
@@ -264,9 +305,28 @@ pub(super) fn copy_source(req: &Req, state: &State) -> Result<Arc<Object>, ApiEr
     }
 }
 
+/// Largest object that one request copies.
+fn copy_max_bytes(dialect: Dialect) -> u64 {
+    match dialect {
+        Dialect::Oss => 1 << 30,
+        Dialect::S3 => 5 << 30,
+    }
+}
+
 /// PUT with a copy source.
 pub(super) fn copy(req: &Req, state: &mut State) -> Answer {
     let source = copy_source(req, state)?;
+    check_metadata(req)?;
+    let replaces = req.own_header("metadata-directive").is_some_and(|d| d.eq_ignore_ascii_case("REPLACE"));
+    let onto_itself = bucket(state, req)?.objects.get(&req.key).is_some_and(|o| Arc::ptr_eq(o, &source));
+    if req.dialect == Dialect::S3 && onto_itself && !replaces {
+        let message = "This copy request is illegal because it is trying to copy an object to itself without changing \
+            the object's metadata.";
+        return Err(ApiError::new(400, "InvalidRequest", message));
+    }
+    if source.size > copy_max_bytes(req.dialect) {
+        return Err(ApiError::new(400, "InvalidRequest", "The specified copy source is larger than the maximum."));
+    }
     let bucket = bucket_mut(state, req)?;
     check_overwrite(req, bucket, &req.key)?;
     let mut object = Object::clone(&source);
@@ -274,7 +334,7 @@ pub(super) fn copy(req: &Req, state: &mut State) -> Answer {
     if object.kind == ObjectKind::Appendable {
         object.kind = ObjectKind::Normal;
     }
-    if req.own_header("metadata-directive").is_some_and(|d| d.eq_ignore_ascii_case("REPLACE")) {
+    if replaces {
         object.headers = kept_headers(req);
     }
     if req.own_header("tagging-directive").is_some_and(|d| d.eq_ignore_ascii_case("REPLACE")) {

@@ -155,6 +155,26 @@ impl OssServer {
         self.shared.state.lock().get_mut(bucket).is_some_and(|b| b.objects.remove(key.as_ref()).is_some())
     }
 
+    /// Puts a key under retention: it is neither replaced nor deleted.
+    pub fn lock(&self, bucket: &str, key: impl AsRef<[u8]>) {
+        self.shared.state.lock().entry(bucket.to_string()).or_default().locked.insert(key.as_ref().to_vec());
+    }
+
+    /// Turns versioning on, with which OSS ignores forbid-overwrite. Older versions are not kept.
+    pub fn set_versioned(&self, bucket: &str) {
+        self.shared.state.lock().entry(bucket.to_string()).or_default().versioned = true;
+    }
+
+    /// The headers an object keeps, user metadata among them, read without a request.
+    pub fn headers(&self, bucket: &str, key: impl AsRef<[u8]>) -> Option<BTreeMap<String, String>> {
+        self.shared.state.lock().get(bucket)?.objects.get(key.as_ref()).map(|o| o.headers.clone())
+    }
+
+    /// All keys of a bucket, in order.
+    pub fn keys(&self, bucket: &str) -> Vec<Vec<u8>> {
+        self.shared.state.lock().get(bucket).map_or_else(Vec::new, |b| b.objects.keys().cloned().collect())
+    }
+
     /// Replaces who may come: rotated keys, expired tokens.
     pub fn set_identities(&self, identities: Vec<Identity>) {
         *self.shared.identities.lock() = identities;

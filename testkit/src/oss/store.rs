@@ -6,7 +6,7 @@ use crate::sign::hex;
 use bytes::Bytes;
 use crc_fast::{CrcAlgorithm, checksum, checksum_combine};
 use md5::{Digest, Md5};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -191,12 +191,23 @@ pub(super) struct Bucket {
     pub(super) objects: BTreeMap<Vec<u8>, Arc<Object>>,
     /// Uploads by id.
     pub(super) uploads: BTreeMap<String, Upload>,
+    /// Keys under retention: they are neither replaced nor deleted.
+    pub(super) locked: BTreeSet<Vec<u8>>,
+    /// Versioning is on. Older versions are not kept, but what OSS forbids differs.
+    pub(super) versioned: bool,
 }
 
 impl Default for Bucket {
     /// An empty private bucket.
     fn default() -> Self {
-        Bucket { created: SystemTime::now(), acl: "private".into(), objects: BTreeMap::new(), uploads: BTreeMap::new() }
+        Bucket {
+            created: SystemTime::now(),
+            acl: "private".into(),
+            objects: BTreeMap::new(),
+            uploads: BTreeMap::new(),
+            locked: BTreeSet::new(),
+            versioned: false,
+        }
     }
 }
 

@@ -39,7 +39,14 @@ fn aws_published_examples() {
     ] {
         let mut headers = HeaderMap::new();
         let host = "examplebucket.s3.amazonaws.com";
-        let t = Target { method: "GET", host, path: "/", resource: b"/examplebucket/", query: &query };
+        let t = Target {
+            method: "GET",
+            host,
+            path: "/",
+            resource: b"/examplebucket/",
+            query: &query,
+            payload: EMPTY_SHA256,
+        };
         sign.sign(&keys, at(1_369_353_600), &t, &mut headers).expect("signs");
         assert_eq!(signature(&headers), expected);
         assert_eq!(headers["x-amz-date"], "20130524T000000Z");
@@ -56,7 +63,14 @@ fn oss_v1_published_example() {
     put(&mut headers, "x-oss-meta-author", "foo@bar.com").expect("meta");
     put(&mut headers, "x-oss-magic", "abracadabra").expect("magic");
     let now = httpdate::parse_http_date("Thu, 17 Nov 2005 18:49:58 GMT").expect("date");
-    let t = Target { method: "PUT", host: "h", path: "/nelson", resource: b"/oss-example/nelson", query: &[] };
+    let t = Target {
+        method: "PUT",
+        host: "h",
+        path: "/nelson",
+        resource: b"/oss-example/nelson",
+        query: &[],
+        payload: EMPTY_SHA256,
+    };
     Signature::OssV1.sign(&keys, now, &t, &mut headers).expect("signs");
     assert_eq!(headers[AUTHORIZATION], "OSS 44CF9590006BF252F707:26NBxoKdsyly4EDv6inkoDft/yA=");
 }
@@ -82,7 +96,14 @@ fn oss_v4_published_example() {
         ("|param2", ""),
         ("param2", ""),
     ]);
-    let t = Target { method: "PUT", host: "h", path: "/", resource: b"/bucket/1234+-/123/1.txt", query: &query };
+    let t = Target {
+        method: "PUT",
+        host: "h",
+        path: "/",
+        resource: b"/bucket/1234+-/123/1.txt",
+        query: &query,
+        payload: EMPTY_SHA256,
+    };
     let sign = Signature::OssV4 { region: "cn-hangzhou".into() };
     sign.sign(&keys("ak", "sk", ""), at(1_702_743_657), &t, &mut headers).expect("signs");
     assert_eq!(
@@ -133,7 +154,7 @@ proptest! {
         let now = moment(theirs.headers["x-amz-date"].to_str().expect("date"));
         let mut ours = HeaderMap::new();
         let resource = format!("/b/{key}");
-        let t = Target { method: "GET", host: "h:1", path: &path, resource: resource.as_bytes(), query: &query };
+        let t = Target { method: "GET", host: "h:1", path: &path, resource: resource.as_bytes(), query: &query, payload: EMPTY_SHA256 };
         Signature::S3 { region: "r-1".into() }.sign(&keys, now, &t, &mut ours).expect("we sign");
         prop_assert_eq!(&ours[AUTHORIZATION], &theirs.headers[AUTHORIZATION]);
     }
@@ -163,7 +184,7 @@ proptest! {
             (httpdate::parse_http_date(date).expect("date"), Signature::OssV1)
         };
         let resource = format!("/b/{key}");
-        let t = Target { method: "GET", host, path: &path, resource: resource.as_bytes(), query: &query };
+        let t = Target { method: "GET", host, path: &path, resource: resource.as_bytes(), query: &query, payload: EMPTY_SHA256 };
         sign.sign(&keys, now, &t, &mut ours).expect("we sign");
         prop_assert_eq!(signature(&ours), signature(&theirs.headers));
     }
