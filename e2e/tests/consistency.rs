@@ -59,6 +59,35 @@ fn changes_are_seen_within_the_ttl() {
     m.unmount().expect("unmount");
 }
 
+/// With a ttl nobody would wait for, `efc-fuse refresh` shows what changed.
+#[test]
+fn refresh_shows_what_others_changed() {
+    let s = server();
+    s.put("b", "d/f", "one");
+    s.put("b", "d/sub/g", "one");
+    let m = mount(&s, "ttl=3600");
+    let path = m.path.clone();
+    within(PATIENCE, move || {
+        let (f, g) = (path.join("d/f"), path.join("d/sub/g"));
+        assert_eq!((read(&f).as_deref(), read(&g).as_deref()), (Some(&b"one"[..]), Some(&b"one"[..])));
+        s.put("b", "d/f", "second");
+        s.put("b", "d/sub/g", "second");
+        s.put("b", "d/new", "n");
+        assert_eq!(read(&f).as_deref(), Some(&b"one"[..]));
+        assert!(!path.join("d/new").exists());
+        let refresh = |at: &Path| {
+            let program = efc_e2e::program("efc-fuse").expect("built");
+            std::process::Command::new(program).arg("refresh").arg(at).output().expect("efc-fuse")
+        };
+        let out = refresh(&path.join("d"));
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        assert_eq!((read(&f).as_deref(), read(&g).as_deref()), (Some(&b"second"[..]), Some(&b"second"[..])));
+        assert!(path.join("d/new").exists());
+        assert_eq!(refresh(Path::new("/proc")).status.code(), Some(3), "no EFC mount");
+    });
+    m.unmount().expect("unmount");
+}
+
 #[test]
 fn immutable_is_never_asked_again() {
     let s = server();

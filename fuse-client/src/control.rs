@@ -32,6 +32,11 @@ pub enum Request {
     Stats,
     /// Prometheus text.
     Metrics,
+    /// Forget what is remembered of a path (relative to the mount's root) and below.
+    Refresh {
+        /// The path; empty: everything.
+        path: String,
+    },
     /// Fill the workers' cache with these paths (relative to the mount's root); progress lines come back, the last one has `done`.
     Warm {
         /// Files or directories (taken with all below them).

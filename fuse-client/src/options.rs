@@ -28,6 +28,7 @@ const fn o(name: &'static str, value: &'static str, help: &'static str) -> Mount
 pub const OPTIONS: &[MountOption] = &[
     o("ro", "", "read-only (default): nothing is ever changed at the source, writing is answered EROFS"),
     o("rw", "", "read-write: changes go through to the source"),
+    o("writable", "", "the same as rw; for mount(8), which says rw on its own account"),
     o(
         "consistency",
         "ttl=SECONDS|immutable",
@@ -203,7 +204,7 @@ impl MountOptions {
     fn set_flag(&mut self, name: &str) {
         match name {
             "ro" => self.read_write = false,
-            "rw" => self.read_write = true,
+            "rw" | "writable" => self.read_write = true,
             "allow_other" => self.allow_other = true,
             "default_permissions" => self.default_permissions = true,
             "no_default_permissions" => self.default_permissions = false,

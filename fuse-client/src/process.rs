@@ -207,6 +207,7 @@ impl Process {
             exposition,
             data,
             namespace: namespace.clone(),
+            fs: fs.clone(),
             budget,
             ttl,
             ring: cluster.ring.clone(),

@@ -1,6 +1,7 @@
 //! What a mount process answers about itself: control requests, Prometheus text, statistics.
 
 use crate::control::{Handler, Request};
+use crate::fs::EfcFs;
 use crate::namespace::Namespace;
 use crate::read::source::DataSource;
 use crate::stats::{Stats, WorkerStats};
@@ -38,6 +39,8 @@ pub struct Teller {
     pub data: Arc<DataSource>,
     /// Nodes.
     pub namespace: Arc<Namespace>,
+    /// For what is asked of the mount itself.
+    pub fs: Arc<EfcFs>,
     /// The process budget.
     pub budget: ByteBudget,
     /// How long names may be believed.
@@ -126,6 +129,10 @@ impl Handler for Teller {
                         Node { locator: now.locator.clone(), version: now.version.clone(), attr: now.attr.clone() };
                     return warm::warm(self.data.clone(), node, self.ttl, paths, out).await;
                 }
+                Request::Refresh { path } => match self.fs.forget_below(path.as_bytes()).await {
+                    Ok(n) => json!({ "forgotten": n }),
+                    Err(e) => json!({ "error": e.to_string() }),
+                },
                 Request::Status => json!({
                     "pid": std::process::id(),
                     "source": self.source,

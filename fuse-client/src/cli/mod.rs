@@ -2,6 +2,7 @@
 
 pub mod doctor;
 pub mod mount;
+pub mod refresh;
 pub mod stats;
 
 use crate::options;
@@ -32,13 +33,15 @@ enum Command {
     Umount(UmountArgs),
     /// Show what a mount does: requests, hits by tier, origin requests.
     Stats(StatsArgs),
+    /// Forget what is remembered of a path in a mount and below: the next look asks the origin, before the ttl is over.
+    Refresh(RefreshArgs),
     /// Check this machine: FUSE features and the guarantees that follow; with a SOURCE also the origin's speed.
     Doctor(DoctorArgs),
 }
 
 /// Arguments of `efc-fuse mount`.
 #[derive(Debug, Args)]
-#[command(long_about = "Mount SOURCE at MOUNTPOINT, read-only.\n\nSOURCE is oss://bucket/prefix, s3://bucket/prefix, \
+#[command(long_about = "Mount SOURCE at MOUNTPOINT, read-only or with -o rw read-write.\n\nSOURCE is oss://bucket/prefix, s3://bucket/prefix, \
 nfs://host[:port]/export/path, file:///dir or, with -o master=, dataset://name.\n\nWithout -o master= a master and a worker of its \
 own start with the mount. The command returns 0 only when the mount answers.", after_long_help = mount_options_help())]
 pub struct MountArgs {
@@ -109,6 +112,16 @@ pub struct StatsArgs {
     pub watch: Option<u64>,
 }
 
+/// Arguments of `efc-fuse refresh`.
+#[derive(Debug, Args)]
+pub struct RefreshArgs {
+    /// A mountpoint, or a file or directory in a mount.
+    pub path: PathBuf,
+    /// Output: text or json.
+    #[arg(short, long, default_value = "text")]
+    pub output: String,
+}
+
 /// Arguments of `efc-fuse doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
@@ -162,6 +175,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Mount(a) => mount::mount(a),
         Command::Umount(a) => mount::umount(&a.mountpoint, a.lazy, a.force),
         Command::Stats(a) => stats::stats(&a),
+        Command::Refresh(a) => refresh::refresh(&a),
         Command::Doctor(a) => doctor::doctor(&a),
     };
     match done {
@@ -173,7 +187,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// mount(8) writes `rw` wherever the user did not write `ro`; it is nobody's wish here.
+/// mount(8) writes `rw` wherever the user did not write `ro`; it is nobody's wish here (`writable` is).
 fn without_rw(args: &mut [OsString]) {
     for i in 1..args.len() {
         if args[i - 1] == "-o"

@@ -10,6 +10,7 @@ pub mod directory;
 pub mod errno;
 mod io;
 pub mod open;
+mod refresh;
 mod requests;
 
 use crate::kernel::{Answer, AttrOut, DirReply, EntryOut, Errno, NodeAttr, Notification, OpenOut, Reply, Session};

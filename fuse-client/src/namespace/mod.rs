@@ -391,6 +391,20 @@ impl Namespace {
         self.get(id)
     }
 
+    /// A node and everything the kernel knows below it.
+    pub fn below(&self, top: &Arc<Inode>) -> Vec<Arc<Inode>> {
+        let mut all = vec![top.clone()];
+        let mut next = 0;
+        while let Some(at) = all.get(next).cloned() {
+            next += 1;
+            if let Some(dir) = &at.dir {
+                let children: Vec<u64> = dir.children.lock().values().copied().collect();
+                all.extend(children.into_iter().filter_map(|id| self.get(id)));
+            }
+        }
+        all
+    }
+
     /// The kernel forgets `count` look-ups of a node.
     pub fn forget(&self, id: u64, count: u64) {
         if id == ROOT_ID {

@@ -1,0 +1,70 @@
+//! `efc-fuse refresh PATH`: what is remembered below a path is forgotten, so that the next look sees what others changed at the origin, without waiting for the ttl.
+
+use super::{EfcFs, Shared};
+use crate::kernel::Notification;
+use crate::namespace::Inode;
+use efc_common::{Error, Kind, Result};
+use std::sync::Arc;
+use std::sync::Weak;
+use std::time::Duration;
+
+/// How long the kernel may take to drop its copies.
+const KERNEL_DEADLINE: Duration = Duration::from_secs(10);
+
+impl EfcFs {
+    /// Forgets what is remembered of `path` (relative to the mount's root) and below. The number of nodes that were.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] for a path with `.` or `..`, [`Kind::Timeout`] when the kernel does not drop its copies.
+    pub async fn forget_below(&self, path: &[u8]) -> Result<usize> {
+        self.shared.forget_below(path).await
+    }
+}
+
+impl Shared {
+    async fn forget_below(&self, path: &[u8]) -> Result<usize> {
+        let mut at = self.parts.namespace.root();
+        for name in path.split(|b| *b == b'/').filter(|n| !n.is_empty()) {
+            if matches!(name, b"." | b"..") {
+                return Err(Error::new(Kind::Invalid, "a path to refresh is given without `.` and `..`"));
+            }
+            match self.parts.namespace.child(&at, name) {
+                Some(child) => at = child,
+                // Nobody has looked there: only the directory above may remember something, of the name itself.
+                None => return self.forget(vec![at]).await,
+            }
+        }
+        let mut all = self.parts.namespace.below(&at);
+        if let Some(d) = at.dentry() {
+            all.push(d.parent);
+        }
+        self.forget(all).await
+    }
+
+    async fn forget(&self, nodes: Vec<Arc<Inode>>) -> Result<usize> {
+        for node in &nodes {
+            self.parts.directories.changed(node);
+            if self.parts.namespace.follows() {
+                node.expire();
+            }
+        }
+        if let Some(session) = self.session.get().and_then(Weak::upgrade) {
+            let notifier = session.notifier();
+            if notifier.has_epoch() {
+                notifier.tell(Notification::IncrementEpoch, KERNEL_DEADLINE).await?;
+            }
+            for node in &nodes {
+                if !notifier.has_epoch()
+                    && let Some(d) = node.dentry()
+                {
+                    let gone = Notification::InvalidateEntry { parent: d.parent.id, name: d.name };
+                    notifier.tell(gone, KERNEL_DEADLINE).await?;
+                }
+                // Attributes only: pages go when the version turns out to have moved.
+                let attributes = Notification::InvalidateInode { node: node.id, offset: -1, length: 0 };
+                notifier.tell(attributes, KERNEL_DEADLINE).await?;
+            }
+        }
+        Ok(nodes.len())
+    }
+}
