@@ -76,7 +76,7 @@ fn http_date(secs: i64) -> Option<HeaderValue> {
 ///
 /// # Errors
 /// As [`Objects::copy`]; the upload it began is thrown away then.
-pub async fn by_parts(
+pub(crate) async fn by_parts(
     objects: &dyn Objects,
     source: (&Bytes, &Bytes),
     target: &Bytes,

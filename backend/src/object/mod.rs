@@ -28,8 +28,6 @@ mod read;
 mod sign;
 mod version;
 
-#[cfg(any(test, feature = "suite"))]
-pub use copy::by_parts as copy_by_parts;
 pub use credentials::{keys_from_env, keys_to_send};
 
 use crate::{Backend, ByteStream, Capabilities, FsStats, ListPage, names};
@@ -197,6 +195,22 @@ impl ObjectBackend {
         let body = self.client.collect(answer.into_body(), LIST_BYTES_MAX).await?;
         list::parse(&body)
     }
+}
+
+/// A copy by parts of a size to choose, for the suite.
+///
+/// # Errors
+/// As [`crate::objects::Objects::copy`].
+#[cfg(any(test, feature = "suite"))]
+pub async fn copy_by_parts(
+    objects: &dyn crate::objects::Objects,
+    source: (&Bytes, &Bytes),
+    target: &Bytes,
+    metadata: Option<&crate::objects::Metadata>,
+    condition: &crate::objects::Condition,
+    part_bytes: u64,
+) -> Result<Node> {
+    copy::by_parts(objects, source, target, metadata, condition, part_bytes).await
 }
 
 fn not_a_directory() -> Error {

@@ -173,6 +173,13 @@ impl Shared {
 
     /// RELEASE: what was removed while it was open goes now.
     pub(super) async fn release(&self, fh: u64) {
+        if self.tree().is_ok_and(|t| t.drafts())
+            && let Ok(handle) = self.files.get(fh)
+            && let Err(e) = self.close(&handle).await
+        {
+            // Written through a mapping after the last close: there is nobody left to tell.
+            log("release", &handle.inode, &e);
+        }
         let (handle, parked) = self.files.leave(fh);
         let (Some(handle), Some(parked), Ok(tree)) = (handle, parked, self.tree()) else { return };
         match tree.remove(&parked.dir, &parked.name, false).await {
