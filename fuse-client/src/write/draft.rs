@@ -113,8 +113,11 @@ impl Draft {
         let end = range.end.min(self.size);
         let mut at = range.start;
         let mut out = Vec::new();
+        if at >= end {
+            return out;
+        }
         let first = self.extents.range(..=at).next_back().map_or(at, |(s, _)| *s);
-        for (&s, &e) in self.extents.range(first..end.max(first)) {
+        for (&s, &e) in self.extents.range(first..end) {
             if e <= at {
                 continue;
             }

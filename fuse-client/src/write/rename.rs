@@ -307,3 +307,13 @@ impl ObjectTree {
         }
     }
 }
+
+/// What a rename leaves that was cut short before it deleted anything.
+#[cfg(test)]
+pub(super) async fn cut_short(core: &Core, source: &Bytes, target: &Bytes, copied: bool) {
+    let mut journal = Journal::begin(core, source, target).await.expect("journal");
+    core.copy_below(&mut journal, source, target).await.expect("copies");
+    if copied {
+        journal.advance(core, Phase::Copied).await.expect("advance");
+    }
+}

@@ -23,7 +23,9 @@ struct Rig {
 async fn rig(s3: bool) -> Rig {
     let options = if s3 { OssOptions::s3() } else { OssOptions::default() };
     let region = options.region.clone();
-    let server = OssServer::start_with(options).expect("server");
+    // It has a runtime of its own, which is not made inside another.
+    let started = std::thread::spawn(|| OssServer::start_with(options).expect("server"));
+    let server = started.join().expect("started");
     server.create_bucket("b");
     let dir = tempfile::tempdir().expect("dir");
     let tree = another(&server, s3, &region, dir.path()).await;
@@ -192,8 +194,72 @@ async fn names_are_seen_before_the_store_has_them_and_go_with_their_drafts() {
     assert_eq!(rig.tree.find_overlay(&rig.root, b"other", asked), Some(None));
     assert_eq!(rig.tree.find_overlay(&rig.root, b"other", Instant::now()), None, "a listing made now is right");
     assert_eq!(&file.read(0..10).await.expect("held")[..], b"x");
+    // A directory that is only a prefix outlives its last file.
+    rig.server.put("b", "m/p/only", "x");
+    let prefix = rig.tree.lookup(&rig.root, b"p").await.expect("p").locator;
+    rig.tree.remove(&prefix, b"only", false).await.expect("remove");
+    assert_eq!(rig.server.keys("b").last().map(Vec::as_slice), Some(&b"m/p/"[..]));
+    rig.tree.remove(&rig.root, b"p", true).await.expect("rmdir");
+    assert!(rig.tree.getattr(&prefix).await.is_err_and(|e| e.is(Kind::NotFound)));
     let draft = rig.make("draft", b"never committed").await;
     rig.tree.remove(&rig.root, b"draft", false).await.expect("remove");
     draft.close().await.expect("nothing to do");
     assert!(rig.behind("draft").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_moves_with_everything_below() {
+    for s3 in [true, false] {
+        let rig = rig(s3).await;
+        let (tree, root) = (&rig.tree, &rig.root);
+        let d = tree.create(root, b"d", &new(New::Directory)).await.expect("mkdir").locator;
+        let e = tree.create(&d, b"e", &new(New::Directory)).await.expect("mkdir").locator;
+        for i in 0..40 {
+            rig.server.put("b", format!("m/d/e/{i}"), format!("{i}"));
+        }
+        let made = tree.create(&e, b"draft", &new(New::File)).await.expect("create");
+        let file = tree.open(&made.locator, true).await.expect("open");
+        file.write(0, Bytes::from_static(b"draft")).await.expect("write");
+        let below = tree.rename((root, b"d"), (&d, b"x"), RenameMode::Replace).await.expect_err("below itself");
+        assert!(below.is(Kind::Invalid), "{below}");
+        tree.create(root, b"full", &new(New::Directory)).await.expect("mkdir");
+        rig.server.put("b", "m/full/x", "x");
+        let full = tree.rename((root, b"d"), (root, b"full"), RenameMode::Replace).await.expect_err("not empty");
+        assert!(full.is(Kind::NotEmpty), "{full}");
+        tree.create(root, b"g", &new(New::Directory)).await.expect("mkdir");
+        tree.rename((root, b"d"), (root, b"g"), RenameMode::Replace).await.expect("over an empty one");
+        let keys: Vec<String> =
+            rig.server.keys("b").into_iter().map(|k| String::from_utf8(k).expect("text")).collect();
+        assert!(keys.iter().all(|k| !k.starts_with("m/d/") && !k.starts_with("m/.efc/")), "{keys:?}");
+        assert_eq!(keys.iter().filter(|k| k.starts_with("m/g/")).count(), 43, "{keys:?}");
+        assert_eq!(rig.behind("g/e/draft").expect("draft")[..], b"draft"[..]);
+        file.write(5, Bytes::from_static(b"!")).await.expect("goes on");
+        file.close().await.expect("close");
+        assert_eq!(rig.behind("g/e/draft").expect("draft")[..], b"draft!"[..]);
+        assert_eq!(tree.find_overlay(root, b"d", Instant::now() - Duration::from_millis(500)), Some(None));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rename_that_was_cut_short_leaves_the_old_tree_or_the_new_one() {
+    for copied in [false, true] {
+        let rig = rig(true).await;
+        for i in 0..10 {
+            rig.server.put("b", format!("m/d/{i}"), format!("{i}"));
+        }
+        let (source, target) = (Bytes::from_static(b"m/d/"), Bytes::from_static(b"m/g/"));
+        rename::cut_short(&rig.tree.core, &source, &target, copied).await;
+        rig.server.remove("b", if copied { "m/d/3" } else { "m/g/3" });
+        // Somebody else's, made since.
+        rig.server.put("b", if copied { "m/d/new" } else { "m/g/new" }, "n");
+        assert_eq!(rig.tree.recover_renames(rename::DEAD_AFTER).await.expect("recover"), 1, "it may be under way");
+        assert_eq!(rig.tree.recover_renames(Duration::ZERO).await.expect("recover"), 0);
+        let (kept, gone) = if copied { ("m/g/", "m/d/") } else { ("m/d/", "m/g/") };
+        let mut wanted: Vec<String> = (0..10).map(|i| format!("{kept}{i}")).collect();
+        wanted.push(format!("{gone}new"));
+        wanted.sort();
+        let keys: Vec<String> =
+            rig.server.keys("b").into_iter().map(|k| String::from_utf8(k).expect("text")).collect();
+        assert_eq!(keys, wanted);
+    }
 }
