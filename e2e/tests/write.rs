@@ -326,7 +326,8 @@ fn seen_by_another(origin: &str) {
     within(PATIENCE, move || {
         assert_eq!(fs::metadata(path.join("p/x")).expect("x").mode(), 0o100711);
         assert_eq!(fs::read_link(path.join("p/l")).expect("l"), Path::new("x"));
-        let kinds: Vec<_> = fs::read_dir(path.join("p")).expect("list").map(|e| e.expect("entry").file_type()).collect();
+        let kinds: Vec<_> =
+            fs::read_dir(path.join("p")).expect("list").map(|e| e.expect("entry").file_type()).collect();
         assert_eq!(kinds.iter().filter(|k| k.as_ref().is_ok_and(|k| k.is_symlink())).count(), 1, "{kinds:?}");
     });
     b.finish(&[]).expect("log");

@@ -47,7 +47,11 @@ pub const OPTIONS: &[MountOption] = &[
     o("cache_dir", "DIR", "disk tier of the embedded worker (default: none)"),
     o("cache_size", "SIZE", "quota of cache_dir (default 10GiB)"),
     o("memory", "SIZE", "budget of this process (default 1GiB or 10% of memory, the smaller)"),
-    o("staging", "DIR", "where files of object stores wait that are being written (default data_dir/staging, else /var/tmp/efc)"),
+    o(
+        "staging",
+        "DIR",
+        "where files of object stores wait that are being written (default data_dir/staging, else /var/tmp/efc)",
+    ),
     o("staging_size", "SIZE", "room there; over it writers see ENOSPC (default 10GiB)"),
     o("readahead", "SIZE", "how far a sequential stream is read ahead at most (default 32MiB; 0 = off)"),
     o("read_deadline", "DURATION", "a read ends with EIO after this (default 150s)"),

@@ -16,8 +16,8 @@ use bytes::Bytes;
 use efc_common::node::{FileKind, Node};
 use efc_common::{Error, Kind, Result, Retry};
 use std::sync::Arc;
-use std::time::Instant;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Instant;
 
 /// The set-group-id bit.
 const SETGID: u32 = 0o2000;

@@ -54,11 +54,8 @@ impl Open {
                 // Its own base may be gone: what is not changed is taken from what is there now.
                 let now = theirs.as_ref().map(|(node, _)| node.clone());
                 inner.draft.rebase(now.as_ref().map_or(0, |n| n.attr.size));
-                inner.base = now.map(|n| super::file::Base {
-                    locator: n.locator,
-                    version: n.version,
-                    mtime: n.attr.mtime,
-                });
+                inner.base =
+                    now.map(|n| super::file::Base { locator: n.locator, version: n.version, mtime: n.attr.mtime });
             } else {
                 inner.draft.rebase(0);
                 inner.base = None;

@@ -161,8 +161,7 @@ impl Inner {
 
     /// The store has this version of it, and nothing is changed.
     pub(super) fn settle(&mut self, node: &Node, metadata: Metadata) {
-        self.base =
-            Some(Base { locator: node.locator.clone(), version: node.version.clone(), mtime: node.attr.mtime });
+        self.base = Some(Base { locator: node.locator.clone(), version: node.version.clone(), mtime: node.attr.mtime });
         self.draft = Draft::new(node.attr.size);
         self.staging.clear();
         (self.metadata, self.loaded, self.data_dirty, self.meta_dirty) = (metadata, true, false, false);

@@ -229,7 +229,10 @@ impl Tree for ObjectTree {
 
     async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node> {
         if *dir == self.core.root && name.starts_with(OWN_PREFIX) {
-            return Err(Error::new(Kind::NotPermitted, "names that begin with .efc are EFC's own at the root of a mount"));
+            return Err(Error::new(
+                Kind::NotPermitted,
+                "names that begin with .efc are EFC's own at the root of a mount",
+            ));
         }
         match &new.what {
             New::File => self.core.create_file(dir, name, new).await,
@@ -254,7 +257,10 @@ impl Tree for ObjectTree {
             return Err(Error::new(Kind::Unsupported, "object stores cannot swap two names"));
         }
         if *to.0 == self.core.root && to.1.starts_with(OWN_PREFIX) {
-            return Err(Error::new(Kind::NotPermitted, "names that begin with .efc are EFC's own at the root of a mount"));
+            return Err(Error::new(
+                Kind::NotPermitted,
+                "names that begin with .efc are EFC's own at the root of a mount",
+            ));
         }
         self.core.rename(from, to, mode == RenameMode::NoReplace).await
     }

@@ -284,4 +284,3 @@ impl Core {
         state.show(self, inner);
     }
 }
-

@@ -177,7 +177,10 @@ impl Core {
             }
             let copies = page.entries.into_iter().map(|e| async move {
                 let to = moved_key(&e.node.locator, source, target);
-                self.objects.copy((&e.node.locator, &e.node.version), &to, None, &Condition::Any).await.map(|_| e.node.locator)
+                self.objects
+                    .copy((&e.node.locator, &e.node.version), &to, None, &Condition::Any)
+                    .await
+                    .map(|_| e.node.locator)
             });
             let mut copies = stream::iter(copies).buffer_unordered(COPIES_AT_ONCE);
             while let Some(key) = copies.try_next().await? {

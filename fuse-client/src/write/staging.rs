@@ -161,7 +161,7 @@ impl Staging {
                 self.held += more;
                 return Ok(());
             }
-            self.to_disk().await?;
+            self.move_to_disk().await?;
         }
         if !self.space.disk.take(grown) {
             let text = "the staging directory holds as much as staging_size allows: close files, or raise it";
@@ -171,7 +171,7 @@ impl Staging {
         Ok(())
     }
 
-    async fn to_disk(&mut self) -> Result<()> {
+    async fn move_to_disk(&mut self) -> Result<()> {
         let Store::Memory(all) = &mut self.store else { return Ok(()) };
         let bytes = all.len() as u64;
         if !self.space.disk.take(bytes) {
@@ -234,7 +234,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn memory_moves_to_disk_and_disk_ends() {
+    async fn memory_moves_move_to_disk_and_disk_ends() {
         let dir = tempfile::tempdir().expect("dir");
         let space = Space::new(dir.path().join("s"), 1000, 4 << 20);
         let mut a = Staging::new(space.clone());

@@ -77,8 +77,13 @@ enum Op {
 
 fn op() -> impl Strategy<Value = Op> {
     // Places around the borders: of memory (1 MiB), of one PUT (16 MiB), of parts (8 MiB).
-    let at = prop_oneof![0u64..3000, (1u64 << 20) - 900..(1 << 20) + 900, (8u64 << 20) - 900..(8 << 20) + 900,
-        (16u64 << 20) - 900..(16 << 20) + 900, 0u64..26 << 20];
+    let at = prop_oneof![
+        0u64..3000,
+        (1u64 << 20) - 900..(1 << 20) + 900,
+        (8u64 << 20) - 900..(8 << 20) + 900,
+        (16u64 << 20) - 900..(16 << 20) + 900,
+        0u64..26 << 20
+    ];
     prop_oneof![
         4 => (at.clone(), 1usize..5000, any::<u8>()).prop_map(|(at, n, b)| Op::Write(at, n, b)),
         2 => (1usize..9 << 20, any::<u8>()).prop_map(|(n, b)| Op::Append(n, b)),
@@ -228,8 +233,7 @@ async fn a_directory_moves_with_everything_below() {
         assert!(full.is(Kind::NotEmpty), "{full}");
         tree.create(root, b"g", &new(New::Directory)).await.expect("mkdir");
         tree.rename((root, b"d"), (root, b"g"), RenameMode::Replace).await.expect("over an empty one");
-        let keys: Vec<String> =
-            rig.server.keys("b").into_iter().map(|k| String::from_utf8(k).expect("text")).collect();
+        let keys: Vec<String> = rig.server.keys("b").into_iter().map(|k| String::from_utf8(k).expect("text")).collect();
         assert!(keys.iter().all(|k| !k.starts_with("m/d/") && !k.starts_with("m/.efc/")), "{keys:?}");
         assert_eq!(keys.iter().filter(|k| k.starts_with("m/g/")).count(), 43, "{keys:?}");
         assert_eq!(rig.behind("g/e/draft").expect("draft")[..], b"draft"[..]);
@@ -258,8 +262,7 @@ async fn a_rename_that_was_cut_short_leaves_the_old_tree_or_the_new_one() {
         let mut wanted: Vec<String> = (0..10).map(|i| format!("{kept}{i}")).collect();
         wanted.push(format!("{gone}new"));
         wanted.sort();
-        let keys: Vec<String> =
-            rig.server.keys("b").into_iter().map(|k| String::from_utf8(k).expect("text")).collect();
+        let keys: Vec<String> = rig.server.keys("b").into_iter().map(|k| String::from_utf8(k).expect("text")).collect();
         assert_eq!(keys, wanted);
     }
 }

@@ -1,6 +1,6 @@
 //! The store as a read-write mount looks at it: with metadata, symbolic links and what is not committed yet.
 
-use super::{DRAFT_VERSION, ObjectTree, OWN_PREFIX, directory, meta};
+use super::{DRAFT_VERSION, OWN_PREFIX, ObjectTree, directory, meta};
 use async_trait::async_trait;
 use bytes::Bytes;
 use efc_backend::tree::{OpenFile, Tree};
