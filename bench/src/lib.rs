@@ -5,6 +5,7 @@
 //! number. What must stay true: all tools do the same work in the same run, every byte read is checked, whatever touches a
 //! mount has a deadline, and nothing is left behind, whichever way the run ends.
 
+pub mod ballast;
 pub mod cli;
 pub mod data;
 pub mod juicefs;

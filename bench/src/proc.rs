@@ -111,22 +111,6 @@ pub fn drop_caches() -> Result<()> {
     fs::write("/proc/sys/vm/drop_caches", "3").context("drop the kernel's caches (needs root)")
 }
 
-/// Has the host back the memory that the next phase will take: a virtual machine gives freed pages back (free page reporting),
-/// and each first touch of such a page costs a fault of the host, several times the work that is measured. Takes and frees `bytes`, at most
-/// half of what is available.
-pub fn touch_memory(bytes: u64) {
-    const PAGE: usize = 4096;
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib =
-        text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse::<u64>().ok());
-    let bytes = bytes.min(kib.unwrap_or(0) * 1024 / 2) as usize;
-    let mut memory: Vec<u8> = Vec::with_capacity(bytes);
-    for page in memory.spare_capacity_mut().chunks_mut(PAGE) {
-        page[0].write(1);
-    }
-    std::hint::black_box(memory.as_ptr());
-}
-
 /// Is anything mounted at exactly this path? Reads mountinfo only.
 pub fn is_mounted(path: &Path) -> bool {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();

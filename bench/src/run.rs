@@ -2,8 +2,9 @@
 //!
 //! Tools take turns within a test, and their order rotates from round to round, so that a machine that gets slower or busier hits all alike.
 
+use crate::ballast::Ballast;
 use crate::data::Data;
-use crate::proc::{cpu_seconds, descendants, drop_caches, touch_memory};
+use crate::proc::{cpu_seconds, descendants, drop_caches};
 use crate::tool::{Kind, Mounted, Place, Tool, beside, mount, start};
 use crate::work::{self, Tally};
 use anyhow::{Context, Result};
@@ -113,8 +114,8 @@ pub struct Settings {
     pub second: bool,
 }
 
-/// Memory touched before a phase, in sizes of the large file: caches of two tiers, page cache and buffers.
-const TOUCHED: u64 = 6;
+/// Ballast of a phase, in sizes of the large file: caches of two tiers, page cache and buffers.
+const BALLAST: u64 = 6;
 
 /// The machine's load average over the last minute.
 pub fn load() -> f64 {
@@ -240,15 +241,14 @@ impl Session<'_> {
 
     fn measure(&self, mounted: &Mounted, phase: Phase) -> Result<Measured> {
         let fuse = || if self.tool.is_efc() { mounted.fuse_requests().map(Some) } else { Ok(None) };
-        if phase != Phase::Hot {
-            touch_memory(TOUCHED * self.data.plan.big_bytes);
-        }
+        let ballast = (phase != Phase::Hot).then(|| Ballast::new(BALLAST * self.data.plan.big_bytes));
         let before = fuse()?;
         let load = load();
         self.server.reset_stats();
         let cpu = cpu_seconds(&mounted.pids);
         let tally = self.work(mounted, phase).with_context(|| format!("phase {phase:?}"))?;
         let daemon_cpu_s = cpu_seconds(&mounted.pids) - cpu;
+        drop(ballast);
         let origin = self.server.stats();
         let fuse_requests = fuse()?.zip(before).map(|(after, before)| {
             let since = |(op, n): (String, u64)| {

@@ -8,6 +8,7 @@ pub mod block;
 pub mod checksum;
 pub mod error;
 pub mod id;
+pub mod lease;
 pub mod limit;
 pub mod log;
 pub mod metrics;

@@ -1,7 +1,7 @@
 //! The mount process: FUSE requests in, bytes from the pool of cache workers (or the origin) out.
 //!
 //! Rooms: [`kernel`] speaks to /dev/fuse, [`fs`] has one function per operation, [`namespace`] the nodes and directories, [`read`] the
-//! bytes; [`process`] puts them together, [`cluster`] links it to masters and workers, [`embedded`] starts a cluster of one for a mount
+//! bytes, [`lease`] what may be believed and changed; [`process`] puts them together, [`cluster`] links it to masters and workers, [`embedded`] starts a cluster of one for a mount
 //! without masters, [`control`] and [`tell`] answer questions, [`cli`] is the command line.
 
 pub mod cli;
@@ -10,6 +10,7 @@ pub mod control;
 pub mod embedded;
 pub mod fs;
 pub mod kernel;
+pub mod lease;
 pub mod namespace;
 pub mod options;
 pub mod process;

@@ -333,6 +333,12 @@ fn listen_for_successors(
     namespace: Arc<Namespace>,
 ) -> Result<HandoverServer> {
     std::fs::create_dir_all(control::run_dir())?;
-    let save = Box::new(move || Ok(namespace.save()));
+    let save = Box::new(move || {
+        if namespace.follows() {
+            // Its open files would be unknown to the successor.
+            return Err(Error::new(Kind::Unsupported, "a read-write mount cannot be handed over yet"));
+        }
+        Ok(namespace.save())
+    });
     HandoverServer::start(&handover_path(mountpoint), session.clone(), save, HandoverLimits::default())
 }

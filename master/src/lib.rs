@@ -1,11 +1,13 @@
 //! The master: a small Raft group that owns the datasets, the workers with their ring, and the client sessions.
 //!
-//! Rooms: `state` (commands, pure apply), `raft` (the only door to openraft and RocksDB), `coordinator` (who is silent),
-//! `service` (gRPC), `formation` (how a node comes into a group), `http` (metrics). [`Master::start`] puts them together.
+//! Rooms: `state` (commands, pure apply), `raft` (the only door to openraft and RocksDB), `coordinator` (who is silent), [`lease`] (who may
+//! believe and change what), `service` (gRPC), `formation` (how a node comes into a group), `http` (metrics). [`Master::start`] puts them
+//! together.
 
 mod coordinator;
 mod formation;
 mod http;
+pub mod lease;
 mod raft;
 mod service;
 mod state;

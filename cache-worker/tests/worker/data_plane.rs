@@ -490,7 +490,7 @@ async fn what_is_not_a_request_is_refused() {
         data::Read { size: u64::MAX, ..ask(&file, 0..10) },
         data::Read { size: 9 << 20, offset: (4 << 20) - 1, ..ask(&file, 0..10) },
         data::Read { locator: Bytes::new(), ..ask(&file, 0..10) },
-        data::Read { locator: vec![b'x'; 5000].into(), ..ask(&file, 0..10) },
+        data::Read { locator: vec![b'x'; efc_common::node::LOCATOR_BYTES_MAX + 1].into(), ..ask(&file, 0..10) },
         data::Read { version: vec![b'x'; 300].into(), ..ask(&file, 0..10) },
     ] {
         let e = read_raw(&c, bad.clone(), Duration::from_secs(5)).await.expect_err("refused");

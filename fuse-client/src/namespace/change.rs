@@ -137,6 +137,12 @@ impl Inode {
         moved
     }
 
+    /// Was it changed here less than `pause` ago? Clocks of file systems are coarse: two changes within one tick can give one version, so content is kept under a
+    /// version only when the last change is longer ago.
+    pub fn is_racy(&self, pause: Duration) -> bool {
+        self.changes.lock().ended.is_some_and(|t| t.elapsed() < pause)
+    }
+
     fn relocate(&self, locator: Bytes) {
         let mut now = self.now.write();
         let node = Node { locator, version: now.version.clone(), attr: now.attr.clone() };
@@ -341,6 +347,7 @@ mod tests {
         assert!(f.now().fresh_until > Instant::now());
         drop(f.begin());
         assert!(f.now().fresh_until <= Instant::now(), "a change that failed may have happened");
+        assert!(f.is_racy(TTL) && !f.is_racy(Duration::ZERO));
     }
 
     #[test]

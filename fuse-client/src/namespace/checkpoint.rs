@@ -118,7 +118,7 @@ mod tests {
     #[test]
     fn broken_checkpoints_are_refused() {
         let ns = Namespace::new(dir(""), Nodes::Versions);
-        ns.intern(&ns.root(), &Bytes::from_static(b"f"), &file("f", "1"), seen()).0;
+        ns.intern(&ns.root(), &Bytes::from_static(b"f"), &file("f", "1"), seen());
         let good = state::Checkpoint::decode(ns.save().as_slice()).expect("own bytes");
         let refuse = |change: &dyn Fn(&mut state::Checkpoint)| {
             let mut c = good.clone();
