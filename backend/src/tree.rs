@@ -197,6 +197,11 @@ pub trait OpenFile: Send + Sync + 'static {
         Ok(None)
     }
 
+    /// Is the version that its node names all there is of it, so that its bytes may as well come from a cache?
+    fn is_clean(&self) -> bool {
+        false
+    }
+
     /// Fresh attributes, also of a file without a name (then `nlink` is 0).
     async fn attr(&self) -> Result<Node>;
 

@@ -115,6 +115,10 @@ impl Shared {
 
     /// The open file to read from when nothing cached may be used: the node is being written, or was a moment ago.
     fn uncached(&self, inode: &Inode) -> Option<Arc<dyn OpenFile>> {
+        if self.tree().is_ok_and(|t| t.drafts()) {
+            // Versions of objects are exact.
+            return self.files.direct(inode).filter(|f| !f.is_clean());
+        }
         let racy = || inode.is_racy(CLOCK_TICK).then(|| self.files.any(inode.id)).flatten();
         self.files.direct(inode).or_else(racy)
     }

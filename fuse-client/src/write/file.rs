@@ -378,6 +378,11 @@ impl OpenFile for Open {
         self.sync(false).await.map(Some)
     }
 
+    fn is_clean(&self) -> bool {
+        let shown = self.state.shown.lock();
+        !shown.dirty && shown.node.attr.nlink > 0
+    }
+
     async fn attr(&self) -> Result<Node> {
         match self.fresh().await {
             // Removed by others: it is what it was.

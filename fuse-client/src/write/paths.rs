@@ -4,7 +4,7 @@
 //! conditional), and whether a file that is removed was still there.
 
 use super::file::{FileState, Inner, Open};
-use super::{Core, absent_is_none, directory, meta};
+use super::{Core, absent_is_none, directory, has_none, meta};
 use bytes::Bytes;
 use efc_backend::objects::{Condition, Metadata};
 use efc_backend::tree::{Change, NewNode};
@@ -53,7 +53,7 @@ impl Core {
         let state = FileState::made(self, &locator, (dir, &name), metadata(new, libc::S_IFREG));
         {
             let mut files = self.files.lock();
-            if files.get(&locator).is_some_and(|s| s.is_dirty()) {
+            if files.contains_key(&locator) {
                 return Err(exists());
             }
             files.insert(locator, state.clone());
@@ -180,10 +180,12 @@ impl Core {
         let kept = self.marker(locator).await?;
         let mut metadata = kept.clone().unwrap_or_default();
         if meta::change(&mut metadata, libc::S_IFDIR, change) {
-            if locator.is_empty() {
-                return Err(Error::new(Kind::Unsupported, "the root of a bucket has no attributes"));
+            if !locator.is_empty() {
+                self.objects.put(locator, Vec::new(), &metadata, &Condition::Any).await?;
+            } else if change.mode.is_some() || change.uid.is_some() || change.gid.is_some() {
+                return Err(has_none("attributes of a bucket's root: mount a directory of it"));
             }
-            self.objects.put(locator, Vec::new(), &metadata, &Condition::Any).await?;
+            // Times of a bucket's root are known to this mount only, for a while: tools that copy trees set them last.
             self.known.learn(&directory(locator), &metadata, true);
         }
         Ok(meta::apply(directory(locator), &metadata))
