@@ -13,6 +13,7 @@ use efc_common::Result;
 use efc_common::node::{Node, Time};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Something to be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,6 +116,41 @@ pub trait Tree: Send + Sync + 'static {
         None
     }
 
+    /// Does it keep changes in this process before the origin has them (object stores)? Then listings are corrected by [`Tree::overlay`], and files have to be
+    /// committed by [`OpenFile::close`] or [`OpenFile::sync`].
+    fn drafts(&self) -> bool {
+        false
+    }
+
+    /// What an origin that was asked at `asked` does not tell of the names in `dir`: nodes that it may not show yet, and `None` for names it may show although
+    /// they are removed.
+    fn overlay(&self, dir: &Bytes, asked: Instant) -> Vec<(Bytes, Option<Node>)> {
+        let _ = (dir, asked);
+        Vec::new()
+    }
+
+    /// The same of one name; `None`: the origin's word holds.
+    fn find_overlay(&self, dir: &Bytes, name: &[u8], asked: Instant) -> Option<Option<Node>> {
+        let _ = (dir, name, asked);
+        None
+    }
+
+    /// Listings of `dir` made before this are wrong as a whole.
+    fn replaced(&self, dir: &Bytes) -> Option<Instant> {
+        let _ = dir;
+        None
+    }
+
+    /// `node` with what a listing does not tell (mode, owner, times, being a symbolic link), if that is known without asking.
+    fn complete_now(&self, node: &Node) -> Option<Node> {
+        Some(node.clone())
+    }
+
+    /// The same, asking the origin if need be. [`efc_common::Kind::NotFound`] when the node is gone.
+    async fn complete(&self, node: Node) -> Result<Node> {
+        Ok(node)
+    }
+
     /// Makes `name` in `dir`; [`efc_common::Kind::AlreadyExists`] if it is there.
     async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node>;
 
@@ -159,6 +195,11 @@ pub trait OpenFile: Send + Sync + 'static {
     /// was lost. Fresh attributes if anything was done.
     async fn close(&self) -> Result<Option<Node>> {
         Ok(None)
+    }
+
+    /// Is the version that its node names all there is of it, so that its bytes may as well come from a cache?
+    fn is_clean(&self) -> bool {
+        false
     }
 
     /// Fresh attributes, also of a file without a name (then `nlink` is 0).

@@ -2,6 +2,7 @@
 //! that passes although it is listed fails the test as well, so that the lists stay true. `docs/SEMANTICS.md` shows the counts.
 
 use efc_e2e::{Mount, within};
+use efc_testkit::oss::{OssOptions, OssServer};
 use efc_testkit::{Ganesha, scratch};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -86,7 +87,10 @@ fn suite(origin: &str, expected: &'static [(&'static str, &'static str)]) {
 }
 
 fn fsx(origin: &str, seed: u32) {
-    let r = rig(origin);
+    fsx_in(rig(origin), seed);
+}
+
+fn fsx_in(r: Rig, seed: u32) {
     let path = r.mount.path.join("fsx");
     // The acceptance's million operations: EFC_E2E_LONG=1.
     let operations = if std::env::var_os("EFC_E2E_LONG").is_some() { "1000000" } else { "10000" };
@@ -107,6 +111,16 @@ fn pjdfstest_over_file() {
 #[test]
 fn pjdfstest_over_nfs() {
     suite("nfs", NFS_FAILURES);
+}
+
+#[test]
+fn fsx_over_s3() {
+    let server = OssServer::start_with(OssOptions::s3()).expect("server");
+    server.create_bucket("b");
+    let endpoint = format!("endpoint={}", server.endpoint());
+    let keys = server.target();
+    let mount = Mount::start("s3://b", &["rw", "cache_memory=64MiB", &endpoint], &keys.env()).expect("mount");
+    fsx_in(Rig { mount, _server: None, _dir: scratch("conformance").expect("scratch") }, 9);
 }
 
 #[test]

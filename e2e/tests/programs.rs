@@ -1,6 +1,7 @@
 //! Real programs on read-write mounts: what users run there must just work.
 
 use efc_e2e::{Mount, program, within};
+use efc_testkit::oss::{OssOptions, OssServer};
 use efc_testkit::{Ganesha, scratch};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,6 +20,9 @@ fn over(origin: &str, work: fn(&Path, &Path)) {
     let dir = scratch("programs").expect("scratch");
     let (behind, beside) = (dir.path().join("origin"), dir.path().join("beside"));
     [&behind, &beside].into_iter().for_each(|d| fs::create_dir(d).expect("mkdir"));
+    if origin == "s3" {
+        return over_bucket(&beside, work);
+    }
     let server = (origin == "nfs").then(|| Ganesha::start(&behind).expect("ganesha"));
     let (url, port) = match &server {
         Some(s) => (s.url(), format!("mount_port={}", s.mount_port())),
@@ -27,6 +31,17 @@ fn over(origin: &str, work: fn(&Path, &Path)) {
     let m = Mount::start(&url, &["rw", "cache_memory=64MiB", &port], &[]).expect("mount");
     let path = m.path.clone();
     within(PATIENCE, move || work(&path, &beside));
+    m.finish(&[]).expect("log");
+}
+
+fn over_bucket(beside: &Path, work: fn(&Path, &Path)) {
+    let server = OssServer::start_with(OssOptions::s3()).expect("server");
+    server.create_bucket("b");
+    let (endpoint, keys) = (format!("endpoint={}", server.endpoint()), server.target());
+    let m = Mount::start("s3://b", &["rw", "cache_memory=64MiB", &endpoint], &keys.env()).expect("mount");
+    let (path, beside) = (m.path.clone(), beside.to_path_buf());
+    within(PATIENCE, move || work(&path, &beside));
+    println!("requests: {:?}", server.stats().requests);
     m.finish(&[]).expect("log");
 }
 
@@ -189,7 +204,7 @@ fn a_read_write_mount_refuses_to_be_taken_over() {
 }
 
 macro_rules! on {
-    ($($work:ident => $file:ident, $nfs:ident;)+) => {$(
+    ($($work:ident => $file:ident, $nfs:ident, $s3:ident;)+) => {$(
         #[test]
         fn $file() {
             over("file", $work);
@@ -198,16 +213,20 @@ macro_rules! on {
         fn $nfs() {
             over("nfs", $work);
         }
+        #[test]
+        fn $s3() {
+            over("s3", $work);
+        }
     )+};
 }
 
 on! {
-    git => git_over_file, git_over_nfs;
-    sqlite => sqlite_over_file, sqlite_over_nfs;
-    tar => tar_over_file, tar_over_nfs;
-    rsync => rsync_over_file, rsync_over_nfs;
-    fio => fio_over_file, fio_over_nfs;
-    checkpoint => checkpoint_over_file, checkpoint_over_nfs;
-    rewound => rewound_over_file, rewound_over_nfs;
-    locks => locks_over_file, locks_over_nfs;
+    git => git_over_file, git_over_nfs, git_over_s3;
+    sqlite => sqlite_over_file, sqlite_over_nfs, sqlite_over_s3;
+    tar => tar_over_file, tar_over_nfs, tar_over_s3;
+    rsync => rsync_over_file, rsync_over_nfs, rsync_over_s3;
+    fio => fio_over_file, fio_over_nfs, fio_over_s3;
+    checkpoint => checkpoint_over_file, checkpoint_over_nfs, checkpoint_over_s3;
+    rewound => rewound_over_file, rewound_over_nfs, rewound_over_s3;
+    locks => locks_over_file, locks_over_nfs, locks_over_s3;
 }

@@ -18,3 +18,4 @@ pub mod read;
 pub mod stats;
 pub mod tell;
 pub mod warm;
+pub mod write;

@@ -48,6 +48,12 @@ pub const OPTIONS: &[MountOption] = &[
     o("cache_dir", "DIR", "disk tier of the embedded worker (default: none)"),
     o("cache_size", "SIZE", "quota of cache_dir (default 10GiB)"),
     o("memory", "SIZE", "budget of this process (default 1GiB or 10% of memory, the smaller)"),
+    o(
+        "staging",
+        "DIR",
+        "where files of object stores wait that are being written (default data_dir/staging, else /var/tmp/efc)",
+    ),
+    o("staging_size", "SIZE", "room there; over it writers see ENOSPC (default 10GiB)"),
     o("readahead", "SIZE", "how far a sequential stream is read ahead at most (default 32MiB; 0 = off)"),
     o("read_deadline", "DURATION", "a read ends with EIO after this (default 150s)"),
     o("threads", "N", "threads that take kernel requests (default: cores, 2 to 16)"),
@@ -81,6 +87,10 @@ pub struct MountOptions {
     pub cache_size_bytes: u64,
     /// Budget of this process, bytes.
     pub memory_bytes: u64,
+    /// Staging directory.
+    pub staging: Option<PathBuf>,
+    /// Room in it, bytes.
+    pub staging_bytes: u64,
     /// Furthest read-ahead of a stream, bytes.
     pub readahead_bytes: u64,
     /// Longest a read may take.
@@ -147,6 +157,8 @@ impl MountOptions {
             cache_dir: None,
             cache_size_bytes: 10 << 30,
             memory_bytes: tenth.min(1 << 30),
+            staging: None,
+            staging_bytes: 10 << 30,
             readahead_bytes: 32 << 20,
             read_deadline: Duration::from_secs(150),
             threads: std::thread::available_parallelism().map_or(4, |n| n.get()).clamp(2, 16),
@@ -232,6 +244,8 @@ impl MountOptions {
             "cache_dir" => self.cache_dir = Some(v.into()),
             "cache_size" => self.cache_size_bytes = parse_bytes(v)?,
             "memory" => self.memory_bytes = parse_bytes(v)?,
+            "staging" => self.staging = Some(v.into()),
+            "staging_size" => self.staging_bytes = parse_bytes(v)?,
             "readahead" => self.readahead_bytes = parse_bytes(v)?,
             "read_deadline" => self.read_deadline = parse_duration(v)?,
             "threads" => self.threads = number()? as usize,

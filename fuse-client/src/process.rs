@@ -13,12 +13,15 @@ use crate::options::MountOptions;
 use crate::read::source::DataSource;
 use crate::read::{ReadConfig, Reader};
 use crate::tell::Teller;
-use efc_backend::connect::connect_counted;
+use crate::write::{ObjectTree, Space};
+use efc_backend::DynBackend;
+use efc_backend::connect::{Connected, connect_counted};
 use efc_backend::object::keys_to_send;
 use efc_backend::tree::DynTree;
 use efc_client::master::MasterClient;
 use efc_common::error::Context as _;
 use efc_common::limit::ByteBudget;
+use efc_common::node::Node;
 use efc_common::policy::{CachePolicy, Consistency};
 use efc_common::source::SourceSpec;
 use efc_common::task::TaskGroup;
@@ -32,6 +35,8 @@ use tracing::{info, warn};
 
 /// Share of the process budget that listings may take: one part of so many.
 const LISTING_SHARE: u64 = 4;
+/// Share that files may take that are being written to an object store.
+const STAGING_SHARE: u64 = 4;
 /// How long a predecessor may take to hand over.
 const TAKEOVER_DEADLINE: Duration = Duration::from_secs(30);
 /// How long tasks of the mount may take to end.
@@ -152,11 +157,16 @@ impl Process {
     async fn start(args: &MountArgs, options: MountOptions, exposition: metrics::PrometheusHandle) -> Result<Process> {
         let source = resolve(args, &options).await?;
         let origin = connect_counted(&source.mounted.spec, source.mounted.keys.as_ref()).await?;
-        let backend = origin.backend;
-        let root = backend.root().await?;
-        let tree = if options.read_write { Some(writable(origin.tree, &source)?) } else { None };
-        let nodes = if options.read_write { Nodes::Follow } else { Nodes::Versions };
+        let root = origin.backend.root().await?;
         let tasks = TaskGroup::new();
+        let ttl = source.consistency.ttl();
+        let (backend, tree) = if options.read_write {
+            let (backend, tree) = writable(origin, &root, &options, ttl, &tasks).await?;
+            (backend, Some(tree))
+        } else {
+            (origin.backend, None)
+        };
+        let nodes = if options.read_write { Nodes::Follow } else { Nodes::Versions };
         let cluster = ClusterLink::start(&options, &source.mounted, &args.mountpoint, &args.log_level, &tasks).await?;
         let data = Arc::new(DataSource::new(backend, Some(cluster.peers.clone()), options.workers_only));
 
@@ -170,14 +180,14 @@ impl Process {
             None => Namespace::new(root, nodes),
         });
         let listing_bytes = options.memory_bytes / LISTING_SHARE;
-        let budget = ByteBudget::new(options.memory_bytes - listing_bytes);
+        let staged_bytes = if tree.is_some() { options.memory_bytes / STAGING_SHARE } else { 0 };
+        let budget = ByteBudget::new(options.memory_bytes - listing_bytes - staged_bytes);
         let read = ReadConfig { readahead_bytes: options.readahead_bytes, deadline: options.read_deadline };
-        let ttl = source.consistency.ttl();
         let fs = Arc::new(EfcFs::new(
             Parts {
                 namespace: namespace.clone(),
                 source: data.clone(),
-                directories: Directories::new(data.clone(), listing_bytes, ttl),
+                directories: Directories::new(data.clone(), tree.clone(), listing_bytes, ttl),
                 reader: Reader::new(data.clone(), budget.clone(), tasks.clone(), read),
                 tree,
                 ownership: options.ownership.clone(),
@@ -291,12 +301,27 @@ fn mount_config(args: &MountArgs, options: &MountOptions, source: &Resolved) -> 
     }
 }
 
-/// The tree that a read-write mount changes.
-fn writable(tree: Option<DynTree>, source: &Resolved) -> Result<DynTree> {
-    tree.ok_or_else(|| {
-        let kind = source.mounted.spec.kind.scheme();
-        Error::new(Kind::Unsupported, format!("{kind}:// sources cannot be written to yet; mount with -o ro"))
-    })
+/// What a read-write mount changes, and the view of the origin it looks at.
+async fn writable(
+    origin: Connected,
+    root: &Node,
+    options: &MountOptions,
+    ttl: Duration,
+    tasks: &TaskGroup,
+) -> Result<(DynBackend, DynTree)> {
+    if let Some(tree) = origin.tree {
+        return Ok((origin.backend, tree));
+    }
+    let Some(objects) = origin.objects else {
+        return Err(Error::new(Kind::Unsupported, "sources of this kind cannot be written to; mount with -o ro"));
+    };
+    let default = || options.data_dir.as_ref().map_or_else(|| "/var/tmp/efc".into(), |d| d.join("staging"));
+    let dir = options.staging.clone().unwrap_or_else(default);
+    let space = Space::new(dir, options.memory_bytes / STAGING_SHARE, options.staging_bytes);
+    let tree = ObjectTree::new(objects, origin.backend, root.locator.clone(), space, ttl);
+    tree.recover(tasks).await;
+    let tree = Arc::new(tree);
+    Ok((tree.clone(), tree))
 }
 
 fn handover_path(mountpoint: &Path) -> PathBuf {

@@ -9,6 +9,7 @@ use efc_common::{Error, Kind, Result};
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// A policy: counts, limits, disturbs or repeats calls.
 pub(crate) trait Around: Send + Sync + 'static {
@@ -45,6 +46,30 @@ impl<P: Around> Tree for Decorated<P> {
 
     fn child(&self, dir: &Bytes, name: &[u8]) -> Option<Bytes> {
         self.inner.child(dir, name)
+    }
+
+    fn drafts(&self) -> bool {
+        self.inner.drafts()
+    }
+
+    fn overlay(&self, dir: &Bytes, asked: Instant) -> Vec<(Bytes, Option<Node>)> {
+        self.inner.overlay(dir, asked)
+    }
+
+    fn find_overlay(&self, dir: &Bytes, name: &[u8], asked: Instant) -> Option<Option<Node>> {
+        self.inner.find_overlay(dir, name, asked)
+    }
+
+    fn replaced(&self, dir: &Bytes) -> Option<Instant> {
+        self.inner.replaced(dir)
+    }
+
+    fn complete_now(&self, node: &Node) -> Option<Node> {
+        self.inner.complete_now(node)
+    }
+
+    async fn complete(&self, node: Node) -> Result<Node> {
+        self.policy.around(Request::Getattr, || self.inner.complete(node.clone())).await
     }
 
     async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node> {

@@ -17,6 +17,7 @@ use efc_common::node::{FileKind, Node};
 use efc_common::{Error, Kind, Result, Retry};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Instant;
 
 /// The set-group-id bit.
 const SETGID: u32 = 0o2000;
@@ -132,6 +133,30 @@ impl Tree for Settled {
 
     fn child(&self, dir: &Bytes, name: &[u8]) -> Option<Bytes> {
         self.inner.child(dir, name)
+    }
+
+    fn drafts(&self) -> bool {
+        self.inner.drafts()
+    }
+
+    fn overlay(&self, dir: &Bytes, asked: Instant) -> Vec<(Bytes, Option<Node>)> {
+        self.inner.overlay(dir, asked)
+    }
+
+    fn find_overlay(&self, dir: &Bytes, name: &[u8], asked: Instant) -> Option<Option<Node>> {
+        self.inner.find_overlay(dir, name, asked)
+    }
+
+    fn replaced(&self, dir: &Bytes) -> Option<Instant> {
+        self.inner.replaced(dir)
+    }
+
+    fn complete_now(&self, node: &Node) -> Option<Node> {
+        self.inner.complete_now(node)
+    }
+
+    async fn complete(&self, node: Node) -> Result<Node> {
+        self.repeated.complete(node).await
     }
 
     async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node> {

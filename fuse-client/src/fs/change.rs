@@ -36,9 +36,15 @@ impl Shared {
 
     /// MKNOD, MKDIR, SYMLINK.
     pub(super) async fn make(&self, at: At, new: NewNode) -> Result<EntryOut> {
-        let made = self.tree()?.create(&at.dir.locator(), &at.name, &new).await;
+        let tree = self.tree()?;
+        let made = tree.create(&at.dir.locator(), &at.name, &new).await;
         self.touched(&at.dir);
-        Ok(self.enter(&at, &made?).1)
+        let mut node = made?;
+        if new.what == New::File && tree.drafts() {
+            // Nobody has it open, so nobody would close it.
+            node = tree.open(&node.locator, true).await?.sync(false).await?;
+        }
+        Ok(self.enter(&at, &node).1)
     }
 
     /// CREATE: makes the file or, unless it must be new, opens the one that is there.
@@ -46,7 +52,7 @@ impl Shared {
         let tree = self.tree()?;
         let made = tree.create(&at.dir.locator(), &at.name, &new).await;
         self.touched(&at.dir);
-        let node = match made {
+        let mut node = match made {
             Err(e) if e.is(Kind::AlreadyExists) && flags & libc::O_EXCL == 0 => {
                 let mut node = self.parts.source.lookup(&at.dir.locator(), &at.name).await?;
                 if node.attr.kind == FileKind::File && flags & libc::O_TRUNC != 0 {
@@ -60,9 +66,14 @@ impl Shared {
             return Err(Error::new(Kind::AlreadyExists, "something else has this name"));
         }
         // The mode of a new file may forbid what its creator may do: it is opened by us.
-        let file = tree.open(&node.locator, flags & libc::O_ACCMODE != libc::O_RDONLY).await?;
+        let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        let file = tree.open(&node.locator, write).await?;
+        if !write && let Some(made) = file.close().await? {
+            // Closing a handle that cannot write says nothing to a draft.
+            node = made;
+        }
         let (inode, entry) = self.enter(&at, &node);
-        let file = match self.files.share(inode.id, flags & libc::O_ACCMODE != libc::O_RDONLY) {
+        let file = match self.files.share(inode.id, write) {
             Some(shared) => shared,
             None => file,
         };

@@ -1,12 +1,19 @@
 //! Names in directories: from a fresh snapshot if there is one, else from the workers' shared listings (object stores) or the origin
 //! (NAS, `file`).
+//!
+//! On a read-write mount of an object store a listing is never thrown away for a change of our own: the tree's overlay corrects it, however old it is. And what a listing
+//! does not tell (modes, owners, symbolic links) is asked for when a name is looked up, not for all names of a directory.
 
 use crate::namespace::listing::Listing;
-use crate::namespace::{Inode, Seen};
+use crate::namespace::{Inode, ROOT_ID, Seen};
 use crate::read::source::DataSource;
-use efc_common::node::Node;
+use crate::write::OWN_PREFIX;
+use bytes::Bytes;
+use efc_backend::tree::DynTree;
+use efc_common::node::{Entry, FileKind, Node};
 use efc_common::{Kind, Result};
 use moka::sync::Cache;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,30 +31,104 @@ pub struct Found {
 /// Listings of the directories in use.
 pub struct Directories {
     source: Arc<DataSource>,
-    cache: Cache<u64, Arc<Listing>>,
+    tree: Option<DynTree>,
+    cache: Cache<u64, Kept>,
     ttl: Duration,
 }
 
+/// A listing and the locator it is of: a directory that was renamed has another one.
+type Kept = (Bytes, Arc<Listing>);
+
 impl Directories {
-    /// A cache of at most `bytes` of listings, each believed for `ttl` after the origin was asked.
-    pub fn new(source: Arc<DataSource>, bytes: u64, ttl: Duration) -> Self {
-        let weigh = |_: &u64, l: &Arc<Listing>| u32::try_from(l.bytes() + 256).unwrap_or(u32::MAX);
+    /// A cache of at most `bytes` of listings, each believed for `ttl` after the origin was asked. `tree`: what changes the names, if the mount may.
+    pub fn new(source: Arc<DataSource>, tree: Option<DynTree>, bytes: u64, ttl: Duration) -> Self {
+        let weigh = |_: &u64, (_, l): &Kept| u32::try_from(l.bytes() + 256).unwrap_or(u32::MAX);
         let cache = Cache::builder().weigher(weigh).max_capacity(bytes).build();
-        Directories { source, cache, ttl }
+        // Only a tree that keeps changes in this process has anything to add to listings.
+        Directories { source, tree: tree.filter(|t| t.drafts()), cache, ttl }
     }
 
-    /// A snapshot that may still be believed.
-    pub fn cached(&self, dir: &Inode) -> Option<Arc<Listing>> {
-        let believed = |l: &Arc<Listing>| {
-            !l.freshness().is_zero() && dir.dir.as_ref().is_some_and(|d| d.is_newer_than_changes(l.seen().asked))
+    /// A snapshot that may still be believed; of a tree with drafts to be corrected by [`Directories::corrected`].
+    fn cached(&self, dir: &Inode) -> Option<Arc<Listing>> {
+        let (locator, listing) = self.cache.get(&dir.id)?;
+        let current = dir.locator();
+        let replaced = self.tree.as_ref().and_then(|t| t.replaced(&current));
+        let asked = listing.seen().asked;
+        let believed = !listing.freshness().is_zero()
+            && locator == current
+            && replaced.is_none_or(|at| asked > at)
+            && dir.dir.as_ref().is_some_and(|d| d.is_newer_than_changes(asked));
+        believed.then_some(listing)
+    }
+
+    /// Is the name one of EFC's own, which are not shown?
+    fn is_own(&self, dir: &Inode, name: &[u8]) -> bool {
+        dir.id == ROOT_ID && name.starts_with(OWN_PREFIX) && self.source.shared_listing()
+    }
+
+    /// A listing with this mount's own changes.
+    fn corrected(&self, dir: &Inode, listing: Arc<Listing>) -> Arc<Listing> {
+        let asked = listing.seen().asked;
+        let changes = self.tree.as_ref().map_or(Vec::new(), |t| t.overlay(&dir.locator(), asked));
+        let has_own = dir.id == ROOT_ID && listing.entries().iter().any(|e| self.is_own(dir, &e.name));
+        if changes.is_empty() && !has_own {
+            return listing;
+        }
+        let changes: BTreeMap<Bytes, Option<Node>> = changes.into_iter().collect();
+        let kept = |e: &&Entry| !changes.contains_key(&e.name) && !self.is_own(dir, &e.name);
+        let mut entries: Vec<Entry> = listing.entries().iter().filter(kept).cloned().collect();
+        entries.extend(changes.into_iter().filter_map(|(name, node)| Some(Entry { name, node: node? })));
+        let fresh = listing.seen().fresh_until.saturating_duration_since(asked);
+        Arc::new(Listing::new(entries, listing.version, asked, fresh))
+    }
+
+    /// The answer for a name from our own changes, or from `listing`.
+    fn find_in(&self, dir: &Inode, name: &[u8], listing: &Listing) -> Found {
+        let (seen, listed) = (listing.seen(), listing.find(name).map(|e| e.node.clone()));
+        let node = match self.tree.as_ref().and_then(|t| t.find_overlay(&dir.locator(), name, seen.asked)) {
+            // The file goes by another name where a directory has its own.
+            Some(Some(ours)) if ours.attr.kind != FileKind::Directory => match listed {
+                Some(listed) if listed.attr.kind == FileKind::Directory => Some(listed),
+                _ => Some(ours),
+            },
+            Some(ours) => ours,
+            None => listed,
         };
-        self.cache.get(&dir.id).filter(believed)
+        Found { node: node.filter(|_| !self.is_own(dir, name)), seen }
     }
 
-    /// The answer for a name if a fresh snapshot has it.
+    /// The answer for a name if a fresh snapshot has it, and all its attributes are known.
     pub fn find_cached(&self, dir: &Inode, name: &[u8]) -> Option<Found> {
-        let listing = self.cached(dir)?;
-        Some(Found { node: listing.find(name).map(|e| e.node.clone()), seen: listing.seen() })
+        let found = self.find_in(dir, name, &*self.cached(dir)?);
+        match (&self.tree, found.node) {
+            (Some(tree), Some(node)) => Some(Found { node: Some(tree.complete_now(&node)?), seen: found.seen }),
+            (_, node) => Some(Found { node, seen: found.seen }),
+        }
+    }
+
+    /// A snapshot with our own changes, if it may still be believed.
+    pub fn snapshot(&self, dir: &Inode) -> Option<Arc<Listing>> {
+        Some(self.corrected(dir, self.cached(dir)?))
+    }
+
+    /// Does a directory that is open since `asked` show what is there now?
+    pub fn is_current(&self, dir: &Inode, asked: Instant) -> bool {
+        self.tree.is_none() && dir.dir.as_ref().is_some_and(|d| d.is_newer_than_changes(asked))
+    }
+
+    /// The node with all attributes if they are known; `None`: the kernel has to look it up to see them.
+    pub fn complete_now(&self, node: &Node) -> Option<Node> {
+        self.tree.as_ref().map_or_else(|| Some(node.clone()), |t| t.complete_now(node))
+    }
+
+    async fn complete(&self, found: Found) -> Result<Found> {
+        let (Some(tree), Some(node)) = (&self.tree, &found.node) else { return Ok(found) };
+        let node = match tree.complete(node.clone()).await {
+            Ok(node) => Some(node),
+            Err(e) if e.is(Kind::NotFound) => None,
+            Err(e) => return Err(e),
+        };
+        Ok(Found { node, seen: found.seen })
     }
 
     /// A fresh snapshot, fetched by one task however many ask.
@@ -55,6 +136,11 @@ impl Directories {
     /// # Errors
     /// What workers and origin said; [`Kind::Exhausted`] for a directory too large to list.
     pub async fn list(&self, dir: &Inode) -> Result<Arc<Listing>> {
+        let listing = self.listed(dir).await?;
+        Ok(self.corrected(dir, listing))
+    }
+
+    async fn listed(&self, dir: &Inode) -> Result<Arc<Listing>> {
         let Some(state) = &dir.dir else {
             return Err(efc_common::Error::new(Kind::NotADirectory, "not a directory").with("path", dir.path()));
         };
@@ -65,10 +151,14 @@ impl Directories {
         if let Some(l) = self.cached(dir) {
             return Ok(l);
         }
-        let known = self.cache.get(&dir.id);
-        let max_age = state.max_age(self.ttl);
-        let listing = Arc::new(self.source.list(&dir.locator(), self.ttl, max_age, known.as_deref()).await?);
-        self.cache.insert(dir.id, listing.clone());
+        let locator = dir.locator();
+        let known = self.cache.get(&dir.id).filter(|(l, _)| *l == locator).map(|(_, listing)| listing);
+        let mut max_age = state.max_age(self.ttl);
+        if let Some(at) = self.tree.as_ref().and_then(|t| t.replaced(&locator)) {
+            max_age = max_age.min(at.elapsed());
+        }
+        let listing = Arc::new(self.source.list(&locator, self.ttl, max_age, known.as_deref()).await?);
+        self.cache.insert(dir.id, (locator, listing.clone()));
         Ok(listing)
     }
 
@@ -81,8 +171,8 @@ impl Directories {
             return Ok(found);
         }
         if self.source.shared_listing() {
-            match self.list(dir).await {
-                Ok(l) => return Ok(Found { node: l.find(name).map(|e| e.node.clone()), seen: l.seen() }),
+            match self.listed(dir).await {
+                Ok(l) => return self.complete(self.find_in(dir, name, &l)).await,
                 // Too large to hold: ask for the one name.
                 Err(e) if e.is(Kind::Exhausted) => {}
                 Err(e) => return Err(e),
@@ -96,8 +186,11 @@ impl Directories {
         }
     }
 
-    /// We changed names of `dir`: listings made before this moment are wrong.
+    /// We changed names of `dir`: listings made before this moment are wrong, unless the tree corrects them.
     pub fn changed(&self, dir: &Inode) {
+        if self.tree.is_some() {
+            return;
+        }
         if let Some(state) = &dir.dir {
             state.changed();
             self.cache.invalidate(&dir.id);

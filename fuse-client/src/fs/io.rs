@@ -115,6 +115,10 @@ impl Shared {
 
     /// The open file to read from when nothing cached may be used: the node is being written, or was a moment ago.
     fn uncached(&self, inode: &Inode) -> Option<Arc<dyn OpenFile>> {
+        if self.tree().is_ok_and(|t| t.drafts()) {
+            // Versions of objects are exact.
+            return self.files.direct(inode).filter(|f| !f.is_clean());
+        }
         let racy = || inode.is_racy(CLOCK_TICK).then(|| self.files.any(inode.id)).flatten();
         self.files.direct(inode).or_else(racy)
     }
@@ -182,6 +186,13 @@ impl Shared {
 
     /// RELEASE: what was removed while it was open goes now.
     pub(super) async fn release(&self, fh: u64) {
+        if self.tree().is_ok_and(|t| t.drafts())
+            && let Ok(handle) = self.files.get(fh)
+            && let Err(e) = self.close(&handle).await
+        {
+            // Written through a mapping after the last close: there is nobody left to tell.
+            log("release", &handle.inode, &e);
+        }
         let (handle, parked) = self.files.leave(fh);
         let (Some(handle), Some(parked), Ok(tree)) = (handle, parked, self.tree()) else { return };
         match tree.remove(&parked.dir, &parked.name, false).await {

@@ -299,14 +299,14 @@ impl Shared {
             if !reply.fits(&e.name) {
                 break;
             }
-            let entry = if reply.plus() {
-                self.entry(dir, &e.name, &e.node, seen).1
-            } else {
+            let whole = self.parts.directories.complete_now(&e.node);
+            let entry = match &whole {
+                Some(node) if reply.plus() => self.entry(dir, &e.name, node, seen).1,
                 // Without attributes the number is a hint; the look-up that follows gives the node.
-                EntryOut {
-                    attr: NodeAttr { ino: u64::MAX, mode: attr::type_bits(e.node.attr.kind), ..NodeAttr::default() },
+                _ => EntryOut {
+                    attr: NodeAttr { ino: u64::MAX, mode: type_hint(&e.node, whole.as_ref()), ..NodeAttr::default() },
                     ..EntryOut::default()
-                }
+                },
             };
             reply.add(&e.name, i as u64 + DOTS + 1, &entry);
         }
@@ -322,6 +322,16 @@ impl Shared {
             self.parts.directories.distrust(&d.parent);
             self.tell(Notification::InvalidateEntry { parent: d.parent.id, name: d.name });
         }
+    }
+}
+
+/// The type to show of an entry whose attributes are not sent: 0, unknown, for what may turn out to be a symbolic link.
+fn type_hint(listed: &Node, whole: Option<&Node>) -> u32 {
+    let may_be_link = listed.attr.kind == FileKind::File && listed.attr.size <= libc::PATH_MAX as u64;
+    match whole {
+        Some(node) => attr::type_bits(node.attr.kind),
+        None if may_be_link => 0,
+        None => attr::type_bits(listed.attr.kind),
     }
 }
 

@@ -219,7 +219,7 @@ impl FileSystem for EfcFs {
             Ok(i) => i,
             Err(e) => return reply.error(errno_of(&e)),
         };
-        if let Some(listing) = self.shared.parts.directories.cached(&dir) {
+        if let Some(listing) = self.shared.parts.directories.snapshot(&dir) {
             return reply.ok(self.shared.open_dir(listing));
         }
         self.answer("opendir", node, reply, |s, dir| async move {
@@ -235,8 +235,7 @@ impl FileSystem for EfcFs {
         };
         let listing = self.shared.open_dirs.lock().get(&fh).cloned();
         // From the start again (rewinddir) shows what has changed since.
-        let current =
-            |l: &Arc<Listing>| offset > 0 || dir.dir.as_ref().is_some_and(|d| d.is_newer_than_changes(l.seen().asked));
+        let current = |l: &Arc<Listing>| offset > 0 || self.shared.parts.directories.is_current(&dir, l.seen().asked);
         if let Some(listing) = listing.filter(current) {
             return self.shared.fill(&dir, &listing, offset, reply);
         }

@@ -1,0 +1,292 @@
+//! Files on an object store as a tree that can be changed ([`ObjectTree`], decision 0007): what read-write mounts of `s3://` and `oss://` change, and the view
+//! of the store that they look at.
+//!
+//! - A file that is being written is a *draft* (`draft`: which bytes, `staging`: where they wait, `file`: its operations). It becomes an object
+//!   at `close` or `fsync` (`commit`); long sequential writes are uploaded behind the writer (`stream`).
+//! - `names` are the names this mount has changed and listings do not show yet; `meta` is what is known of modes, owners and times.
+//! - `paths` makes, removes and renames; `rename` moves directories, with a journal at the store; `view` is the store as read through all this.
+//!
+//! Locators are keys. A draft's version token is the mount's own and means nothing to others; an object's is the store's.
+//! Lock order: a file's `inner` (two of them in the order of their keys), then the table of files, then `names`. Only `inner` is held across an await.
+
+mod commit;
+mod draft;
+mod file;
+mod meta;
+mod names;
+mod paths;
+mod rename;
+mod staging;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod view;
+
+pub use staging::Space;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use efc_backend::DynBackend;
+use efc_backend::objects::{DynObjects, Metadata, ObjectLimits};
+use efc_backend::tree::{Change, New, NewNode, OpenFile, RenameMode, Tree};
+use efc_common::node::{FileKind, Node};
+use efc_common::{Error, Kind, Result};
+use file::{FileState, Open};
+use meta::Knowledge;
+use names::Overlay;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{OnceCell, Semaphore};
+
+/// Names at the mount's root that begin so are EFC's own; never shown.
+pub const OWN_PREFIX: &[u8] = b".efc";
+/// Unit of what may be on its way to the store at once, bytes.
+const UPLOAD_UNIT: u64 = 8 << 20;
+/// So many of these: 64 MiB.
+const UPLOAD_UNITS: usize = 8;
+/// Version tokens of drafts begin so, which no store's do.
+const DRAFT_VERSION: &[u8] = b"\xffdraft-";
+
+/// What the files and directories of one mount share.
+pub(crate) struct Core {
+    objects: DynObjects,
+    backend: DynBackend,
+    root: Bytes,
+    names: Overlay,
+    known: Knowledge,
+    files: Mutex<HashMap<Bytes, Arc<FileState>>>,
+    space: Arc<Space>,
+    uploads: Arc<Semaphore>,
+    limits: OnceCell<ObjectLimits>,
+    instance: u64,
+}
+
+/// The tree of an object store, and its view.
+#[derive(Clone)]
+pub struct ObjectTree {
+    core: Arc<Core>,
+}
+
+impl ObjectTree {
+    /// A tree over `objects`, which `backend` reads; `root` is the mounted directory. Names and metadata are believed for `ttl`.
+    pub fn new(objects: DynObjects, backend: DynBackend, root: Bytes, space: Arc<Space>, ttl: Duration) -> ObjectTree {
+        let core = Core {
+            objects,
+            backend,
+            root,
+            names: Overlay::new(ttl),
+            known: Knowledge::new(ttl),
+            files: Mutex::default(),
+            space,
+            uploads: Arc::new(Semaphore::new(UPLOAD_UNITS)),
+            limits: OnceCell::new(),
+            instance: rand::random(),
+        };
+        ObjectTree { core: Arc::new(core) }
+    }
+}
+
+impl Core {
+    async fn limits(&self) -> Result<ObjectLimits> {
+        self.limits.get_or_try_init(|| self.objects.limits()).await.copied()
+    }
+
+    /// The version token of an edition of a draft.
+    fn draft_version(&self, edition: u64) -> Bytes {
+        let text = format!("{:016x}-{edition}", self.instance);
+        [DRAFT_VERSION, text.as_bytes()].concat().into()
+    }
+
+    /// The object as it is now, with its metadata remembered.
+    async fn head(&self, locator: &Bytes) -> Result<(Node, Metadata)> {
+        let (node, metadata) = self.objects.head(locator).await?;
+        self.known.learn(&node, &metadata, true);
+        Ok((node, metadata))
+    }
+
+    /// A directory's marker; `None` where it has none.
+    async fn marker(&self, dir: &Bytes) -> Result<Option<Metadata>> {
+        if let Some(known) = self.known.dir(dir) {
+            return Ok(known.there.then(|| known.metadata.clone()));
+        }
+        let found = if dir.is_empty() { None } else { absent_is_none(self.objects.head(dir).await)? };
+        let (metadata, there) = found.map_or((Metadata::default(), false), |(_, m)| (m, true));
+        self.known.learn(&directory(dir), &metadata, there);
+        Ok(there.then_some(metadata))
+    }
+
+    /// Makes sure that a directory does not vanish with its last name: one PUT for each that had no marker.
+    async fn keep_dir(&self, dir: &Bytes) -> Result<()> {
+        if dir.len() <= self.root.len() || self.known.dir(dir).is_some_and(|k| k.there) {
+            return Ok(());
+        }
+        let metadata = Metadata::default();
+        let absent = efc_backend::objects::Condition::Absent;
+        match self.objects.put(dir, Vec::new(), &metadata, &absent).await {
+            Ok(_) => self.known.learn(&directory(dir), &metadata, true),
+            Err(e) if e.is(Kind::Conflict) => {
+                self.known.forget_dir(dir);
+                self.marker(dir).await?;
+            }
+            Err(e) => return Err(e),
+        }
+        Ok(())
+    }
+
+    /// The file of a key, opened.
+    fn enter(self: &Arc<Self>, locator: &Bytes) -> Open {
+        let mut files = self.files.lock();
+        let state = files.entry(locator.clone()).or_insert_with(|| FileState::existing(self, locator)).clone();
+        Open::new(self.clone(), state)
+    }
+
+    /// The file of a key, if it is open or has changes.
+    fn file(&self, locator: &Bytes) -> Option<Arc<FileState>> {
+        self.files.lock().get(locator).cloned()
+    }
+
+    fn deleted(mut failures: Vec<(usize, Error)>) -> Result<()> {
+        match failures.pop() {
+            Some((_, e)) => Err(e),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A directory of which nothing but its key is known.
+fn directory(locator: &Bytes) -> Node {
+    let attr = efc_common::node::Attr::prefix(Default::default());
+    Node { locator: locator.clone(), version: Bytes::new(), attr }
+}
+
+/// The directory a key is in and its name there.
+fn split(locator: &Bytes) -> (Bytes, Bytes) {
+    let key = locator.strip_suffix(b"\0").or(locator.strip_suffix(b"/")).unwrap_or(locator);
+    let at = key.iter().rposition(|b| *b == b'/').map_or(0, |at| at + 1);
+    let name = efc_backend::names::encode(&key[at..], false).into_owned();
+    (locator.slice(..at), name.into())
+}
+
+fn absent_is_none<T>(answer: Result<T>) -> Result<Option<T>> {
+    match answer {
+        Ok(found) => Ok(Some(found)),
+        Err(e) if e.is(Kind::NotFound) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn has_none(what: &str) -> Error {
+    Error::new(Kind::NotPermitted, format!("object stores have no {what}"))
+}
+
+#[async_trait]
+impl Tree for ObjectTree {
+    fn keeps_removed(&self) -> bool {
+        true
+    }
+
+    fn child(&self, dir: &Bytes, name: &[u8]) -> Option<Bytes> {
+        self.core.objects.child(dir, name, false).ok()
+    }
+
+    fn drafts(&self) -> bool {
+        true
+    }
+
+    fn overlay(&self, dir: &Bytes, asked: Instant) -> Vec<(Bytes, Option<Node>)> {
+        self.core.names.all(dir, asked)
+    }
+
+    fn find_overlay(&self, dir: &Bytes, name: &[u8], asked: Instant) -> Option<Option<Node>> {
+        self.core.names.find(dir, name, asked)
+    }
+
+    fn replaced(&self, dir: &Bytes) -> Option<Instant> {
+        self.core.names.floor(dir)
+    }
+
+    fn complete_now(&self, node: &Node) -> Option<Node> {
+        if node.version.starts_with(DRAFT_VERSION) {
+            return Some(node.clone());
+        }
+        let known = self.core.known.get(&node.locator, &node.version)?;
+        Some(meta::apply(node.clone(), &known.metadata))
+    }
+
+    async fn complete(&self, node: Node) -> Result<Node> {
+        if let Some(node) = self.complete_now(&node) {
+            return Ok(node);
+        }
+        if node.attr.kind == FileKind::Directory {
+            let marker = self.core.marker(&node.locator).await?;
+            return Ok(meta::apply(node, &marker.unwrap_or_default()));
+        }
+        let (node, metadata) = self.core.head(&node.locator).await?;
+        Ok(meta::apply(node, &metadata))
+    }
+
+    async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node> {
+        if *dir == self.core.root && name.starts_with(OWN_PREFIX) {
+            return Err(Error::new(
+                Kind::NotPermitted,
+                "names that begin with .efc are EFC's own at the root of a mount",
+            ));
+        }
+        match &new.what {
+            New::File => self.core.create_file(dir, name, new).await,
+            New::Directory => self.core.create_directory(dir, name, new).await,
+            New::Symlink(target) => self.core.create_link(dir, name, target, new).await,
+            New::Fifo => Err(has_none("FIFOs")),
+            New::Socket => Err(has_none("sockets")),
+            New::CharDevice(_) | New::BlockDevice(_) => Err(has_none("device nodes")),
+        }
+    }
+
+    async fn link(&self, _file: &Bytes, _dir: &Bytes, _name: &[u8]) -> Result<Node> {
+        Err(has_none("hard links"))
+    }
+
+    async fn remove(&self, dir: &Bytes, name: &[u8], directory: bool) -> Result<()> {
+        if directory { self.core.remove_directory(dir, name).await } else { self.core.remove_file(dir, name).await }
+    }
+
+    async fn rename(&self, from: (&Bytes, &[u8]), to: (&Bytes, &[u8]), mode: RenameMode) -> Result<Node> {
+        if mode == RenameMode::Exchange {
+            return Err(Error::new(Kind::Unsupported, "object stores cannot swap two names"));
+        }
+        if *to.0 == self.core.root && to.1.starts_with(OWN_PREFIX) {
+            return Err(Error::new(
+                Kind::NotPermitted,
+                "names that begin with .efc are EFC's own at the root of a mount",
+            ));
+        }
+        self.core.rename(from, to, mode == RenameMode::NoReplace).await
+    }
+
+    async fn set_attr(&self, locator: &Bytes, change: &Change) -> Result<Node> {
+        if locator.is_empty() || locator.ends_with(b"/") {
+            return self.core.set_directory(locator, change).await;
+        }
+        let open = self.core.enter(locator);
+        open.loaded().await?;
+        open.change(change, true).await
+    }
+
+    async fn set_xattr(&self, _locator: &Bytes, _name: &[u8], _value: &[u8], _flags: i32) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "object stores have no extended attributes"))
+    }
+
+    async fn remove_xattr(&self, _locator: &Bytes, _name: &[u8]) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "object stores have no extended attributes"))
+    }
+
+    async fn open(&self, locator: &Bytes, write: bool) -> Result<Arc<dyn OpenFile>> {
+        let open = self.core.enter(locator);
+        if write {
+            open.fresh().await?;
+        }
+        Ok(Arc::new(open))
+    }
+}

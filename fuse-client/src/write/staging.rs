@@ -1,0 +1,255 @@
+//! Where bytes wait that the store does not have yet: small files in memory, larger ones in an unlinked sparse file of the staging directory.
+//!
+//! Both are bounded for the whole mount. Memory that is spent sends a file to disk; disk that is spent is ENOSPC, which writers understand. What is
+//! staged does not survive the process: a file is at the store when `close(2)` or `fsync(2)` has said so.
+
+use bytes::Bytes;
+use efc_common::{Error, Kind, Result};
+use std::fs::{File, OpenOptions};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+/// Files up to this length may stay in memory, bytes.
+const MEMORY_FILE_MAX: u64 = 1 << 20;
+
+/// Room for all staged bytes of a mount.
+#[derive(Debug)]
+pub struct Space {
+    dir: PathBuf,
+    memory: Quota,
+    disk: Quota,
+}
+
+#[derive(Debug)]
+struct Quota {
+    used: AtomicU64,
+    total: u64,
+}
+
+impl Quota {
+    fn take(&self, bytes: u64) -> bool {
+        let fits = |used: u64| used.checked_add(bytes).filter(|n| *n <= self.total);
+        self.used.fetch_update(Relaxed, Relaxed, fits).is_ok()
+    }
+
+    fn give(&self, bytes: u64) {
+        self.used.fetch_sub(bytes, Relaxed);
+    }
+}
+
+impl Space {
+    /// At most `memory` bytes in memory and `disk` bytes in `dir`, which is made when it is needed.
+    pub fn new(dir: PathBuf, memory: u64, disk: u64) -> Arc<Space> {
+        let quota = |total| Quota { used: AtomicU64::new(0), total };
+        Arc::new(Space { dir, memory: quota(memory), disk: quota(disk) })
+    }
+
+    fn file(&self) -> Result<File> {
+        let make = || {
+            std::fs::create_dir_all(&self.dir)?;
+            let path = self.dir.join(format!("draft-{:016x}", rand::random::<u64>()));
+            let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path)?;
+            std::fs::remove_file(&path)?;
+            Ok::<_, std::io::Error>(file)
+        };
+        make().map_err(|e| Error::from(e).with("staging", self.dir.display()))
+    }
+}
+
+enum Store {
+    Memory(Vec<u8>),
+    File(Arc<File>),
+}
+
+/// The staged bytes of one file, each at its place.
+pub(super) struct Staging {
+    space: Arc<Space>,
+    store: Store,
+    held: u64,
+}
+
+impl Staging {
+    /// Nothing is staged.
+    pub(super) fn new(space: Arc<Space>) -> Staging {
+        Staging { space, store: Store::Memory(Vec::new()), held: 0 }
+    }
+
+    /// Stages `data` at `offset`; `grown` bytes of it were not staged before.
+    pub(super) async fn write(&mut self, offset: u64, data: Bytes, grown: u64) -> Result<()> {
+        let end = offset + data.len() as u64;
+        self.room(end, grown).await?;
+        match &mut self.store {
+            Store::Memory(all) => {
+                all[offset as usize..end as usize].copy_from_slice(&data);
+                Ok(())
+            }
+            Store::File(file) => {
+                let file = file.clone();
+                blocking(move || file.write_all_at(&data, offset)).await
+            }
+        }
+    }
+
+    /// Stages zeros.
+    pub(super) async fn zero(&mut self, range: Range<u64>, grown: u64) -> Result<()> {
+        self.room(range.end, grown).await?;
+        match &mut self.store {
+            Store::Memory(all) => {
+                all[range.start as usize..range.end as usize].fill(0);
+                Ok(())
+            }
+            Store::File(file) => {
+                let file = file.clone();
+                blocking(move || zero_file(&file, range)).await
+            }
+        }
+    }
+
+    /// Staged bytes.
+    pub(super) async fn read(&self, range: Range<u64>) -> Result<Bytes> {
+        match &self.store {
+            Store::Memory(all) => {
+                let part = all.get(range.start as usize..range.end as usize);
+                part.map(Bytes::copy_from_slice).ok_or_else(|| Error::new(Kind::Corrupt, "not staged"))
+            }
+            Store::File(file) => {
+                let file = file.clone();
+                blocking(move || {
+                    let mut data = vec![0; (range.end - range.start) as usize];
+                    // A hole at the end of the sparse file is not in it.
+                    let mut at = 0;
+                    while at < data.len() {
+                        match file.read_at(&mut data[at..], range.start + at as u64)? {
+                            0 => break,
+                            n => at += n,
+                        }
+                    }
+                    Ok(Bytes::from(data))
+                })
+                .await
+            }
+        }
+    }
+
+    /// `freed` bytes are no longer staged.
+    pub(super) fn free(&mut self, freed: u64) {
+        if let Store::File(_) = self.store {
+            let freed = freed.min(self.held);
+            self.space.disk.give(freed);
+            self.held -= freed;
+        }
+    }
+
+    /// Forgets everything.
+    pub(super) fn clear(&mut self) {
+        match &self.store {
+            Store::Memory(_) => self.space.memory.give(self.held),
+            Store::File(_) => self.space.disk.give(self.held),
+        }
+        self.held = 0;
+        self.store = Store::Memory(Vec::new());
+    }
+
+    async fn room(&mut self, end: u64, grown: u64) -> Result<()> {
+        if let Store::Memory(all) = &mut self.store {
+            let more = end.saturating_sub(all.len() as u64);
+            if end <= MEMORY_FILE_MAX && self.space.memory.take(more) {
+                all.resize(all.len() + more as usize, 0);
+                self.held += more;
+                return Ok(());
+            }
+            self.move_to_disk().await?;
+        }
+        if !self.space.disk.take(grown) {
+            let text = "the staging directory holds as much as staging_size allows: close files, or raise it";
+            return Err(Error::new(Kind::NoSpace, text));
+        }
+        self.held += grown;
+        Ok(())
+    }
+
+    async fn move_to_disk(&mut self) -> Result<()> {
+        let Store::Memory(all) = &mut self.store else { return Ok(()) };
+        let bytes = all.len() as u64;
+        if !self.space.disk.take(bytes) {
+            return Err(Error::new(Kind::NoSpace, "the staging directory holds as much as staging_size allows"));
+        }
+        let (space, data) = (self.space.clone(), std::mem::take(all));
+        let written = blocking(move || {
+            let file = space.file().map_err(std::io::Error::other);
+            let outcome = file.and_then(|f| f.write_all_at(&data, 0).map(|()| f));
+            Ok((outcome, data))
+        });
+        let (outcome, data) = written.await?;
+        match outcome {
+            Ok(file) => {
+                self.space.memory.give(self.held);
+                self.held = bytes;
+                self.store = Store::File(Arc::new(file));
+                Ok(())
+            }
+            Err(e) => {
+                self.space.disk.give(bytes);
+                self.store = Store::Memory(data);
+                Err(Error::new(Kind::Io, "a file cannot be staged on disk").caused_by(e))
+            }
+        }
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+fn zero_file(file: &File, range: Range<u64>) -> std::io::Result<()> {
+    use rustix::fs::{FallocateFlags, fallocate};
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    if fallocate(file, punch, range.start, range.end - range.start).is_ok() {
+        return Ok(());
+    }
+    let zeros = vec![0; 1 << 20];
+    let mut at = range.start;
+    while at < range.end {
+        let n = (range.end - at).min(zeros.len() as u64);
+        file.write_all_at(&zeros[..n as usize], at)?;
+        at += n;
+    }
+    Ok(())
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => Ok(done?),
+        Err(e) => Err(Error::new(Kind::Cancelled, "staging was interrupted").caused_by(e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn memory_moves_move_to_disk_and_disk_ends() {
+        let dir = tempfile::tempdir().expect("dir");
+        let space = Space::new(dir.path().join("s"), 1000, 4 << 20);
+        let mut a = Staging::new(space.clone());
+        a.write(100, Bytes::from_static(b"hello"), 5).await.expect("memory");
+        assert!(!dir.path().join("s").exists());
+        a.write(900, Bytes::from(vec![7; 200]), 200).await.expect("disk");
+        assert_eq!(&a.read(100..105).await.expect("read")[..], b"hello");
+        assert!(a.read(900..1100).await.expect("read").iter().all(|b| *b == 7));
+        a.zero(950..1000, 0).await.expect("zero");
+        assert_eq!(a.read(949..951).await.expect("read")[..], [7, 0]);
+        assert_eq!(space.memory.used.load(Relaxed), 0);
+        let e = a.write(8 << 20, Bytes::from(vec![1; 5 << 20]), 5 << 20).await.expect_err("full");
+        assert!(e.is(Kind::NoSpace), "{e}");
+        assert_eq!(std::fs::read_dir(dir.path().join("s")).expect("dir").count(), 0);
+        drop(a);
+        assert_eq!(space.disk.used.load(Relaxed), 0);
+    }
+}

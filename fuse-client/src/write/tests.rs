@@ -1,0 +1,268 @@
+//! The tree over our own S3 and OSS.
+
+use super::*;
+use bytes::Bytes;
+use efc_backend::Backend;
+use efc_backend::connect::connect_counted;
+use efc_backend::tree::Allocate;
+use efc_common::source::{Secret, SecretRef, SourceSpec, StaticKeys};
+use efc_testkit::{Action, Fault, OssOptions, OssServer};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+const TTL: Duration = Duration::from_secs(60);
+
+struct Rig {
+    server: OssServer,
+    tree: ObjectTree,
+    root: Bytes,
+    _dir: tempfile::TempDir,
+}
+
+async fn rig(s3: bool) -> Rig {
+    let options = if s3 { OssOptions::s3() } else { OssOptions::default() };
+    let region = options.region.clone();
+    // It has a runtime of its own, which is not made inside another.
+    let started = std::thread::spawn(|| OssServer::start_with(options).expect("server"));
+    let server = started.join().expect("started");
+    server.create_bucket("b");
+    let dir = tempfile::tempdir().expect("dir");
+    let tree = another(&server, s3, &region, dir.path()).await;
+    let root = tree.core.root.clone();
+    Rig { server, tree, root, _dir: dir }
+}
+
+async fn another(server: &OssServer, s3: bool, region: &str, dir: &std::path::Path) -> ObjectTree {
+    let options = [("endpoint", server.endpoint()), ("region", region.to_string()), ("deadline", "5s".into())];
+    let options = options.into_iter().map(|(k, v)| (k.to_string(), v)).collect();
+    let url = if s3 { "s3://b/m" } else { "oss://b/m" };
+    let spec = SourceSpec::parse(url, options, SecretRef::Keys).expect("source");
+    let keys = StaticKeys { id: "efckey".into(), secret: Secret::new("efcsecret"), token: Secret::new("") };
+    let origin = connect_counted(&spec, Some(&keys)).await.expect("origin");
+    let root = origin.backend.root().await.expect("root").locator;
+    let space = Space::new(dir.join("staging"), 1 << 20, 1 << 30);
+    ObjectTree::new(origin.objects.expect("objects"), origin.backend, root, space, TTL)
+}
+
+fn new(what: New) -> NewNode {
+    NewNode { what, mode: 0o644, uid: 1, gid: 2 }
+}
+
+impl Rig {
+    async fn make(&self, name: &str, content: &[u8]) -> Arc<dyn OpenFile> {
+        let node = self.tree.create(&self.root, name.as_bytes(), &new(New::File)).await.expect("create");
+        let file = self.tree.open(&node.locator, true).await.expect("open");
+        if !content.is_empty() {
+            file.write(0, Bytes::copy_from_slice(content)).await.expect("write");
+        }
+        file
+    }
+
+    fn behind(&self, name: &str) -> Option<Bytes> {
+        self.server.get("b", format!("m/{name}"))
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Write(u64, usize, u8),
+    Append(usize, u8),
+    Truncate(u64),
+    Zero(u64, u64),
+    Read(u64, u64),
+    Sync,
+    Reopen,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    // Places around the borders: of memory (1 MiB), of one PUT (16 MiB), of parts (8 MiB).
+    let at = prop_oneof![
+        0u64..3000,
+        (1u64 << 20) - 900..(1 << 20) + 900,
+        (8u64 << 20) - 900..(8 << 20) + 900,
+        (16u64 << 20) - 900..(16 << 20) + 900,
+        0u64..26 << 20
+    ];
+    prop_oneof![
+        4 => (at.clone(), 1usize..5000, any::<u8>()).prop_map(|(at, n, b)| Op::Write(at, n, b)),
+        2 => (1usize..9 << 20, any::<u8>()).prop_map(|(n, b)| Op::Append(n, b)),
+        2 => at.clone().prop_map(Op::Truncate),
+        1 => (at.clone(), 1u64..100_000).prop_map(|(at, n)| Op::Zero(at, n)),
+        3 => (at, 1u64..2 << 20).prop_map(|(at, n)| Op::Read(at, n)),
+        2 => Just(Op::Sync),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+async fn run(rig: &Rig, name: &str, ops: Vec<Op>) -> std::result::Result<(), TestCaseError> {
+    let mut file = rig.make(name, b"").await;
+    let mut model: Vec<u8> = Vec::new();
+    for op in ops {
+        match op {
+            Op::Write(at, n, byte) => {
+                let end = at as usize + n;
+                model.resize(model.len().max(end), 0);
+                model[at as usize..end].fill(byte);
+                file.write(at, vec![byte; n].into()).await.expect("write");
+            }
+            Op::Append(n, byte) => {
+                let n = n.min((28 << 20) - model.len().min(28 << 20));
+                for _ in 0..n.div_ceil(1 << 20) {
+                    let piece = vec![byte; n.min(1 << 20)];
+                    file.write(model.len() as u64, piece.clone().into()).await.expect("append");
+                    model.extend(piece);
+                }
+            }
+            Op::Truncate(size) => {
+                model.resize(size as usize, 0);
+                file.set_attr(&Change { size: Some(size), ..Change::default() }).await.expect("truncate");
+            }
+            Op::Zero(at, n) => {
+                let end = (at + n) as usize;
+                model.resize(model.len().max(end), 0);
+                model[at as usize..end].fill(0);
+                file.allocate(at..at + n, Allocate::Zero { keep_size: false }).await.expect("zero");
+            }
+            Op::Read(at, n) => {
+                let end = ((at + n) as usize).min(model.len());
+                let got = file.read(at..at + n).await.expect("read");
+                prop_assert!(got == *model.get(at as usize..end).unwrap_or(&[]), "{at} {n}");
+            }
+            Op::Sync => {
+                let node = file.sync(false).await.expect("sync");
+                prop_assert_eq!(node.attr.size, model.len() as u64);
+                prop_assert!(rig.behind(name).is_some_and(|b| b == model), "behind");
+            }
+            Op::Reopen => {
+                file.close().await.expect("close");
+                let locator = rig.tree.child(&rig.root, name.as_bytes()).expect("child");
+                drop(file);
+                prop_assert!(rig.tree.core.file(&locator).is_none(), "a clean file that is closed is forgotten");
+                file = rig.tree.open(&locator, true).await.expect("open");
+            }
+        }
+        prop_assert_eq!(file.attr().await.expect("attr").attr.size, model.len() as u64);
+    }
+    file.close().await.expect("close");
+    prop_assert!(rig.behind(name).is_some_and(|b| b == model), "behind at the end");
+    Ok(())
+}
+
+#[test]
+fn files_are_what_a_vector_is() {
+    let runtime = tokio::runtime::Runtime::new().expect("runtime");
+    for s3 in [true, false] {
+        let rig = runtime.block_on(rig(s3));
+        let mut runner = TestRunner::new(Config::with_cases(40));
+        let outcome = runner.run(&vec(op(), 1..20), |ops| {
+            let name = format!("f{:x}", rand::random::<u64>());
+            runtime.block_on(run(&rig, &name, ops))
+        });
+        outcome.expect("as the model says");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_fails_keeps_everything_for_the_next() {
+    for len in [1000usize, 20 << 20] {
+        let rig = rig(true).await;
+        let file = rig.make("f", &vec![7; len]).await;
+        rig.server.fault(Fault::on("put", Action::Status { status: 403, code: "AccessDenied".into() }));
+        rig.server.fault(Fault::on("complete", Action::Status { status: 403, code: "AccessDenied".into() }));
+        assert!(file.close().await.is_err());
+        drop(file);
+        let locator = rig.tree.child(&rig.root, b"f").expect("child");
+        let node = rig.tree.getattr(&locator).await.expect("it is here");
+        assert_eq!(node.attr.size, len as u64);
+        let file = rig.tree.open(&locator, true).await.expect("open again");
+        assert!(file.sync(false).await.is_err() && rig.behind("f").is_none());
+        rig.server.clear_faults();
+        file.sync(false).await.expect("now");
+        assert!(rig.behind("f").is_some_and(|b| b == vec![7; len]));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_are_seen_before_the_store_has_them_and_go_with_their_drafts() {
+    let rig = rig(true).await;
+    let asked = Instant::now();
+    let file = rig.make("new", b"x").await;
+    let seen = rig.tree.find_overlay(&rig.root, b"new", Instant::now()).flatten().expect("seen");
+    assert_eq!((seen.attr.size, seen.attr.mode, seen.attr.uid), (1, Some(0o644), Some(1)));
+    assert!(rig.tree.create(&rig.root, b"new", &new(New::File)).await.is_err_and(|e| e.is(Kind::AlreadyExists)));
+    rig.tree.rename((&rig.root, b"new"), (&rig.root, b"other"), RenameMode::Replace).await.expect("rename");
+    assert_eq!(rig.tree.find_overlay(&rig.root, b"new", asked), Some(None));
+    file.close().await.expect("close");
+    assert!(rig.behind("other").is_some() && rig.behind("new").is_none());
+    rig.tree.remove(&rig.root, b"other", false).await.expect("remove");
+    assert_eq!(rig.tree.find_overlay(&rig.root, b"other", asked), Some(None));
+    assert_eq!(rig.tree.find_overlay(&rig.root, b"other", Instant::now()), None, "a listing made now is right");
+    assert_eq!(&file.read(0..10).await.expect("held")[..], b"x");
+    // A directory that is only a prefix outlives its last file.
+    rig.server.put("b", "m/p/only", "x");
+    let prefix = rig.tree.lookup(&rig.root, b"p").await.expect("p").locator;
+    rig.tree.remove(&prefix, b"only", false).await.expect("remove");
+    assert_eq!(rig.server.keys("b").last().map(Vec::as_slice), Some(&b"m/p/"[..]));
+    rig.tree.remove(&rig.root, b"p", true).await.expect("rmdir");
+    assert!(rig.tree.getattr(&prefix).await.is_err_and(|e| e.is(Kind::NotFound)));
+    let draft = rig.make("draft", b"never committed").await;
+    rig.tree.remove(&rig.root, b"draft", false).await.expect("remove");
+    draft.close().await.expect("nothing to do");
+    assert!(rig.behind("draft").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_moves_with_everything_below() {
+    for s3 in [true, false] {
+        let rig = rig(s3).await;
+        let (tree, root) = (&rig.tree, &rig.root);
+        let d = tree.create(root, b"d", &new(New::Directory)).await.expect("mkdir").locator;
+        let e = tree.create(&d, b"e", &new(New::Directory)).await.expect("mkdir").locator;
+        for i in 0..40 {
+            rig.server.put("b", format!("m/d/e/{i}"), format!("{i}"));
+        }
+        let made = tree.create(&e, b"draft", &new(New::File)).await.expect("create");
+        let file = tree.open(&made.locator, true).await.expect("open");
+        file.write(0, Bytes::from_static(b"draft")).await.expect("write");
+        let below = tree.rename((root, b"d"), (&d, b"x"), RenameMode::Replace).await.expect_err("below itself");
+        assert!(below.is(Kind::Invalid), "{below}");
+        tree.create(root, b"full", &new(New::Directory)).await.expect("mkdir");
+        rig.server.put("b", "m/full/x", "x");
+        let full = tree.rename((root, b"d"), (root, b"full"), RenameMode::Replace).await.expect_err("not empty");
+        assert!(full.is(Kind::NotEmpty), "{full}");
+        tree.create(root, b"g", &new(New::Directory)).await.expect("mkdir");
+        tree.rename((root, b"d"), (root, b"g"), RenameMode::Replace).await.expect("over an empty one");
+        let keys: Vec<String> = rig.server.keys("b").into_iter().map(|k| String::from_utf8(k).expect("text")).collect();
+        assert!(keys.iter().all(|k| !k.starts_with("m/d/") && !k.starts_with("m/.efc/")), "{keys:?}");
+        assert_eq!(keys.iter().filter(|k| k.starts_with("m/g/")).count(), 43, "{keys:?}");
+        assert_eq!(rig.behind("g/e/draft").expect("draft")[..], b"draft"[..]);
+        file.write(5, Bytes::from_static(b"!")).await.expect("goes on");
+        file.close().await.expect("close");
+        assert_eq!(rig.behind("g/e/draft").expect("draft")[..], b"draft!"[..]);
+        assert_eq!(tree.find_overlay(root, b"d", Instant::now() - Duration::from_millis(500)), Some(None));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rename_that_was_cut_short_leaves_the_old_tree_or_the_new_one() {
+    for copied in [false, true] {
+        let rig = rig(true).await;
+        for i in 0..10 {
+            rig.server.put("b", format!("m/d/{i}"), format!("{i}"));
+        }
+        let (source, target) = (Bytes::from_static(b"m/d/"), Bytes::from_static(b"m/g/"));
+        rename::cut_short(&rig.tree.core, &source, &target, copied).await;
+        rig.server.remove("b", if copied { "m/d/3" } else { "m/g/3" });
+        // Somebody else's, made since.
+        rig.server.put("b", if copied { "m/d/new" } else { "m/g/new" }, "n");
+        assert_eq!(rig.tree.recover_renames(rename::DEAD_AFTER).await.expect("recover"), 1, "it may be under way");
+        assert_eq!(rig.tree.recover_renames(Duration::ZERO).await.expect("recover"), 0);
+        let (kept, gone) = if copied { ("m/g/", "m/d/") } else { ("m/d/", "m/g/") };
+        let mut wanted: Vec<String> = (0..10).map(|i| format!("{kept}{i}")).collect();
+        wanted.push(format!("{gone}new"));
+        wanted.sort();
+        let keys: Vec<String> = rig.server.keys("b").into_iter().map(|k| String::from_utf8(k).expect("text")).collect();
+        assert_eq!(keys, wanted);
+    }
+}
