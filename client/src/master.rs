@@ -239,12 +239,21 @@ impl MasterClient {
         self.call(Who::Leader, &request, |mut c, r| async move { c.delete_dataset(r).await }).await
     }
 
-    /// Opens a client session, or takes over `resume`. If that one has expired, the answer is a new session.
+    /// Opens a client session, or begins a new life of one, if it is in the life that is known.
     ///
     /// # Errors
-    /// [`Kind::Exhausted`] when the cluster has too many.
-    pub async fn open_session(&self, client: &str, dataset: &str, resume: SessionId) -> Result<OpenSessionReply> {
-        let request = OpenSessionRequest { client: client.into(), dataset: dataset.into(), resume: resume.0 };
+    /// [`Kind::Exhausted`] when the cluster has too many; [`Kind::NotFound`] or [`Kind::Stale`] if what is resumed has ended or is in another
+    /// life (also by this very call, when an answer got lost).
+    pub async fn open_session(
+        &self,
+        client: &str,
+        dataset: &str,
+        resume: Option<(SessionId, Incarnation)>,
+        leases: bool,
+    ) -> Result<OpenSessionReply> {
+        let (resume, incarnation) = resume.map_or((0, 0), |(s, i)| (s.0, i.0));
+        let request =
+            OpenSessionRequest { client: client.into(), dataset: dataset.into(), resume, incarnation, leases };
         self.call(Who::Leader, &request, |mut c, r| async move { c.open_session(r).await }).await
     }
 

@@ -129,7 +129,10 @@ mod tests {
     fn impossible_values_are_refused() {
         assert!(node_from_wire(data::Node { kind: 9, ..Default::default() }).is_err());
         assert!(node_from_wire(data::Node { mtime_nanos: 1_000_000_000, ..Default::default() }).is_err());
-        assert!(node_from_wire(data::Node { locator: vec![0; LOCATOR_BYTES_MAX + 1].into(), ..Default::default() }).is_err());
+        assert!(
+            node_from_wire(data::Node { locator: vec![0; LOCATOR_BYTES_MAX + 1].into(), ..Default::default() })
+                .is_err()
+        );
         for name in ["", ".", "..", "a/b", "a\0b"] {
             let e = data::Entry { name: Bytes::from_static(name.as_bytes()), node: Some(data::Node::default()) };
             assert!(entry_from_wire(e).is_err(), "{name:?}");
