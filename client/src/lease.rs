@@ -13,7 +13,7 @@ use efc_common::lease::{Ask, Tell};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use efc_proto::control::{LeaseAsk, LeaseTell};
-use efc_proto::lease::{Down, Up, Welcome, down_from_wire, up_to_wire};
+use efc_proto::lease::{Down, LIST_MAX, Up, Welcome, down_from_wire, up_to_wire};
 use std::collections::VecDeque;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
@@ -123,7 +123,20 @@ impl LeaseLink {
 
     /// Says something in a life; false if it is lost at once.
     pub fn say(&self, incarnation: Incarnation, ask: Ask) -> bool {
-        self.asks.try_send((incarnation, ask)).is_ok()
+        in_messages(ask).into_iter().all(|ask| self.asks.try_send((incarnation, ask)).is_ok())
+    }
+}
+
+/// Lists that are too long for one message, in several.
+fn in_messages(ask: Ask) -> Vec<Ask> {
+    match ask {
+        Ask::Acquire { request, wants } if wants.len() > LIST_MAX => {
+            wants.chunks(LIST_MAX).map(|w| Ask::Acquire { request, wants: w.to_vec() }).collect()
+        }
+        Ask::Cancel { wants } if wants.len() > LIST_MAX => {
+            wants.chunks(LIST_MAX).map(|w| Ask::Cancel { wants: w.to_vec() }).collect()
+        }
+        ask => vec![ask],
     }
 }
 
@@ -163,13 +176,20 @@ struct Worker {
     last: Option<Life>,
 }
 
-/// Grows with each failure, up to a bound.
-struct Pause(Duration);
+/// Grows with each failure, up to a bound: a fraction of the lease time once that is known, since a new leader waits no longer than that.
+struct Pause {
+    next: Duration,
+    max: Duration,
+}
 
 impl Pause {
+    fn new(max: Duration) -> Pause {
+        Pause { next: PAUSE_MIN, max: max.clamp(PAUSE_MIN, PAUSE_MAX) }
+    }
+
     async fn wait(&mut self) {
-        sleep(self.0.mul_f64(rand::random_range(0.5..1.0))).await;
-        self.0 = (self.0 * 2).min(PAUSE_MAX);
+        sleep(self.next.mul_f64(rand::random_range(0.5..1.0))).await;
+        self.next = (self.next * 2).min(self.max);
     }
 }
 
@@ -191,7 +211,7 @@ impl Worker {
             if self.wanted.borrow_and_update().close {
                 return self.goodbye().await;
             }
-            let mut pause = Pause(PAUSE_MIN);
+            let mut pause = Pause::new(PAUSE_MAX);
             let mut told = false;
             let life = loop {
                 match self.open().await {
@@ -246,11 +266,11 @@ impl Worker {
 
     /// Goes from leader to leader until the life is over.
     async fn talk(&mut self, life: Life) {
-        let mut pause = Pause(PAUSE_MIN);
+        let mut pause = Pause::new(life.lease / 20);
         loop {
             let ended = match self.connect(life).await {
                 Ok(stream) => {
-                    pause = Pause(PAUSE_MIN);
+                    pause = Pause::new(life.lease / 20);
                     self.exchange(life, stream).await
                 }
                 Err(end) => end,
@@ -284,7 +304,7 @@ impl Worker {
             }
         };
         let entered = tokio::select! {
-            e = timeout(WELCOME_DEADLINE, entering) => e,
+            e = timeout(WELCOME_DEADLINE.min(life.lease / 4), entering) => e,
             () = another(&self.wanted) => return Err(End::Wanted),
         };
         let late = |_| {
@@ -367,5 +387,37 @@ async fn send(up: &mpsc::Sender<LeaseAsk>, word: &Up, until: Instant) -> std::re
     match tokio::time::timeout_at(until, up.send(up_to_wire(word))).await {
         Ok(Ok(())) => Ok(()),
         _ => Err(Error::new(Kind::Unavailable, "the leader does not read").into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use efc_common::id::SourceId;
+    use efc_common::lease::{DirKey, RequestId, Want};
+
+    #[test]
+    fn long_lists_go_in_several_messages() {
+        let want = Want::read(DirKey::new(SourceId([0; 16]), b"a/").expect("short"));
+        for (n, messages) in [(0, 1), (LIST_MAX, 1), (LIST_MAX + 1, 2), (2 * LIST_MAX, 2)] {
+            let wants = vec![want.clone(); n];
+            let acquire = in_messages(Ask::Acquire { request: RequestId(1), wants: wants.clone() });
+            let sum: usize =
+                acquire.iter().map(|a| if let Ask::Acquire { wants, .. } = a { wants.len() } else { 0 }).sum();
+            assert_eq!((acquire.len(), sum, in_messages(Ask::Cancel { wants }).len()), (messages, n, messages));
+        }
+    }
+
+    #[tokio::test]
+    async fn without_masters_it_tries_on_and_ends_with_its_owner() {
+        let tasks = TaskGroup::new();
+        let master = MasterClient::new(vec!["127.0.0.1:1".into()]).expect("client");
+        let who = Who { client: "c".into(), dataset: "d".into() };
+        let (link, mut news) = LeaseLink::start(master.with_deadline(Duration::from_millis(50)), who, &tasks);
+        link.open();
+        assert!(timeout(Duration::from_millis(200), news.recv()).await.is_err());
+        link.close().await;
+        assert!(news.recv().await.is_none());
+        assert!(tasks.shutdown(Duration::from_secs(5)).await);
     }
 }

@@ -11,7 +11,7 @@ use efc_common::{Error, Kind, Result};
 use std::time::Duration;
 
 /// Wants in one message, and claims.
-pub const LIST_MAX: usize = 4096;
+pub const LIST_MAX: usize = 2048;
 /// Files that one grant or claim excepts.
 pub const EXCEPTIONS_MAX: usize = 4096;
 /// Longest message a side takes.
@@ -85,7 +85,9 @@ impl Welcome {
 
     /// The times that follow; those that are each side's own have their defaults.
     pub fn times(&self) -> Times {
-        Times { lease: self.lease, margin: self.margin, ..Times::default() }
+        let defaults = Times::default();
+        let again = defaults.again.min(self.lease / 4);
+        Times { lease: self.lease, margin: self.margin, again, ..defaults }
     }
 }
 

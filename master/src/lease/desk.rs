@@ -385,6 +385,5 @@ fn end_streams(office: &Office, why: &Error) {
 
 /// The times that follow from the lease time. A client's belief ends a fifth of it earlier.
 fn times(lease: Duration) -> Times {
-    let defaults = Times::default();
-    Times { lease, margin: lease / 5, again: defaults.again.min(lease / 4), ..defaults }
+    Welcome { term: 0, lease, margin: lease / 5 }.times()
 }

@@ -8,7 +8,7 @@ use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use efc_proto::control::LeaseAsk;
 use efc_proto::control::leases_server::{Leases, LeasesServer};
-use efc_proto::lease::{MESSAGE_BYTES_MAX, Up, up_from_wire};
+use efc_proto::lease::{LIST_MAX, MESSAGE_BYTES_MAX, Up, up_from_wire};
 use efc_proto::status::{from_status, to_status};
 use futures::stream::BoxStream;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 /// For the first word of a stream.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
 /// Room in a stream's queue that must be free before its session is heard: what it asks for is answered into that queue.
-const ROOM: usize = 2048;
+const ROOM: usize = LIST_MAX;
 
 /// Server side of the leases.
 pub(crate) struct LeaseDoor {

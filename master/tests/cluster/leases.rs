@@ -7,16 +7,19 @@ use efc_common::Kind;
 use efc_common::id::{Incarnation, SessionId, SourceId};
 use efc_common::lease::{Ask, Claim, DirKey, GrantNumber, Mode, RequestId, Scope, Tell, Want};
 use efc_common::task::TaskGroup;
+use efc_fuse::lease::{Holder, LeaseGuard, Leases, Under};
 use efc_proto::control::LeaseAsk;
 use efc_proto::control::leases_client::LeasesClient;
 use efc_proto::lease::{Up, up_to_wire};
 use efc_proto::status::from_status;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 
-const FLAGS: [&str; 2] = ["--lease", "1s"];
-const LEASE: Duration = Duration::from_secs(1);
+const FLAGS: [&str; 2] = ["--lease", "2s"];
+const LEASE: Duration = Duration::from_secs(2);
 
 fn dir(key: &str) -> DirKey {
     DirKey::new(SourceId([0; 16]), key.as_bytes()).expect("short")
@@ -65,6 +68,7 @@ impl Client {
                 if let Some(found) = pick(&news) {
                     return found;
                 }
+                assert!(!matches!(news, News::Refused { .. }), "{news:?}");
             }
         };
         timeout(PATIENCE, listen).await.expect("said in time")
@@ -335,4 +339,137 @@ async fn garbage_ends_its_stream_and_nothing_else() {
     eventually("fenced", sessions, |l| l.as_ref().is_ok_and(|l| l.iter().all(|s| s.session != open.session)))
         .await
         .expect("list");
+}
+
+/// Counts what it is asked to do.
+#[derive(Default)]
+struct Counting {
+    flushed: AtomicU64,
+    dropped: AtomicU64,
+    lost: AtomicU64,
+}
+
+#[async_trait::async_trait]
+impl Holder for Counting {
+    async fn flush(&self, _: &Scope) {
+        self.flushed.fetch_add(1, SeqCst);
+    }
+    async fn drop_cached(&self, _: &Scope) {
+        self.dropped.fetch_add(1, SeqCst);
+    }
+    async fn drop_all(&self) {
+        self.lost.fetch_add(1, SeqCst);
+    }
+}
+
+struct Mount {
+    leases: Leases,
+    holder: Arc<Counting>,
+    tasks: TaskGroup,
+}
+
+impl Mount {
+    fn start(master: MasterClient) -> Mount {
+        let (tasks, holder) = (TaskGroup::new(), Arc::<Counting>::default());
+        let who = Who { client: "host:1:/mnt".into(), dataset: "d".into() };
+        let leases = Leases::start(master, who, Default::default(), holder.clone(), &tasks);
+        Mount { leases, holder, tasks }
+    }
+
+    async fn guard(&self, want: Want) -> LeaseGuard {
+        timeout(PATIENCE, self.leases.guard(vec![want])).await.expect("in time").expect("granted")
+    }
+
+    fn counted(&self) -> (u64, u64, u64) {
+        let h = &self.holder;
+        (h.flushed.load(SeqCst), h.dropped.load(SeqCst), h.lost.load(SeqCst))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mounts_take_turns_and_tell_their_holders() {
+    let g = Group::start(1, &FLAGS).await;
+    let (a, b) = (Mount::start(g.client()), Mount::start(g.client()));
+    let (change, read) = (Want::change(dir("x/")), Want::read(dir("x/")));
+    assert!(a.leases.try_guard(&change).is_none());
+    let guard = a.guard(change.clone()).await;
+    assert!(matches!(guard.how(), Under::Believed { until } if until > Instant::now()) && guard.holds());
+    drop(guard);
+    let again = a.leases.try_guard(&change).expect("held");
+    // A change of b waits for the guard, then for the flush and the drop; one that gives up leaves no trace.
+    let gave_up = timeout(LEASE / 8, b.leases.guard(vec![change.clone()])).await;
+    assert!(gave_up.is_err() && b.leases.counts().waiting == 0);
+    let (waiting, ()) = tokio::join!(b.guard(change.clone()), async {
+        tokio::time::sleep(LEASE / 8).await;
+        assert_eq!(a.counted(), (0, 0, 0), "a guard is out");
+        drop(again);
+    });
+    assert_eq!(a.counted(), (1, 1, 0));
+    assert!(a.leases.try_guard(&read).is_none());
+    // a's reader comes when b has given up being exclusive, which it may keep to shared.
+    let (reader, ()) = tokio::join!(a.guard(read.clone()), async { drop(waiting) });
+    drop(reader);
+    let both = a.guard(read.clone()).await;
+    assert_eq!(a.counted().2 + b.counted().2, 0);
+    drop(both);
+    a.leases.close(PATIENCE).await;
+    assert!(a.leases.guard(vec![read]).await.is_err_and(|e| e.is(Kind::Cancelled)));
+    let left = g.client().list_sessions().await.expect("list").len();
+    assert_eq!((left, a.counted().2), (1, 1));
+    assert!(a.tasks.shutdown(PATIENCE).await && b.tasks.shutdown(PATIENCE).await);
+}
+
+/// Writers in turns over crashes of the leader: at no time two of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_two_change_one_thing_whoever_leads() {
+    let mut g = Group::start(3, &FLAGS).await;
+    let mounts: Vec<Mount> = (0..3).map(|_| Mount::start(g.client())).collect();
+    let (inside, turns) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+    let tasks = TaskGroup::new();
+    for m in &mounts {
+        let (leases, inside, turns) = (m.leases.clone(), inside.clone(), turns.clone());
+        tasks.spawn(async move {
+            loop {
+                let guard = leases.guard(vec![Want::change(dir("x/"))]).await.expect("granted");
+                assert_eq!(inside.fetch_add(1, SeqCst), 0, "two at once");
+                tokio::time::sleep(Duration::from_millis(2)).await;
+                assert_eq!(inside.fetch_sub(1, SeqCst), 1, "two at once");
+                turns.fetch_add(1, SeqCst);
+                drop(guard);
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+    }
+    let more = |n: u64| {
+        let (goal, turns) = (turns.load(SeqCst) + n, turns.clone());
+        async move { eventually("turns", || async { turns.load(SeqCst) }, |t| *t >= goal).await }
+    };
+    more(20).await;
+    for _ in 0..2 {
+        let leader = g.leader().await;
+        g.nodes[leader].kill().await;
+        more(20).await;
+        g.start_all().await;
+    }
+    more(20).await;
+    assert!(tasks.shutdown(PATIENCE).await);
+    for m in mounts {
+        m.leases.close(PATIENCE).await;
+        assert!(m.tasks.shutdown(PATIENCE).await);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mount_that_lost_its_session_drops_all_and_goes_on() {
+    let mut g = Group::start(1, &FLAGS).await;
+    let a = Mount::start(g.client());
+    let want = Want::change(dir("x/"));
+    drop(a.guard(want.clone()).await);
+    g.nodes[0].kill().await;
+    // Belief ends by the mount's own clock.
+    eventually("all is dropped", || async { a.counted().2 }, |n| *n == 1).await;
+    assert!(a.leases.try_guard(&want).is_none() && a.leases.believed_until() <= Instant::now());
+    g.start_all().await;
+    assert!(a.guard(want).await.holds());
+    assert!(a.tasks.shutdown(PATIENCE).await);
 }
