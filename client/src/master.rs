@@ -7,21 +7,24 @@
 use efc_common::id::{Incarnation, RingEpoch, SessionId};
 use efc_common::{Error, Kind, Result, Retry};
 use efc_proto::control::cluster_client::ClusterClient;
+use efc_proto::control::leases_client::LeasesClient;
 use efc_proto::control::{
-    Dataset, DatasetRef, GetRingRequest, HeartbeatReply, HeartbeatRequest, KeepSessionReply, ListDatasetsRequest,
-    ListSessionsRequest, ListWorkersReply, ListWorkersRequest, MasterNode, OpenSessionReply, OpenSessionRequest,
-    RegisterWorkerReply, RegisterWorkerRequest, RingReply, Session, SessionRef, StatusReply, StatusRequest, WorkerLoad,
-    WorkerRef,
+    Dataset, DatasetRef, GetRingRequest, HeartbeatReply, HeartbeatRequest, KeepSessionReply, LeaseAsk, LeaseTell,
+    ListDatasetsRequest, ListSessionsRequest, ListWorkersReply, ListWorkersRequest, MasterNode, OpenSessionReply,
+    OpenSessionRequest, RegisterWorkerReply, RegisterWorkerRequest, RingReply, Session, SessionRef, StatusReply,
+    StatusRequest, WorkerLoad, WorkerRef,
 };
+use efc_proto::lease::MESSAGE_BYTES_MAX;
 use efc_proto::status::from_status;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 /// Of one call with all its attempts.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
@@ -239,12 +242,21 @@ impl MasterClient {
         self.call(Who::Leader, &request, |mut c, r| async move { c.delete_dataset(r).await }).await
     }
 
-    /// Opens a client session, or takes over `resume`. If that one has expired, the answer is a new session.
+    /// Opens a client session, or begins a new life of one, if it is in the life that is known.
     ///
     /// # Errors
-    /// [`Kind::Exhausted`] when the cluster has too many.
-    pub async fn open_session(&self, client: &str, dataset: &str, resume: SessionId) -> Result<OpenSessionReply> {
-        let request = OpenSessionRequest { client: client.into(), dataset: dataset.into(), resume: resume.0 };
+    /// [`Kind::Exhausted`] when the cluster has too many; [`Kind::NotFound`] or [`Kind::Stale`] if what is resumed has ended or is in another
+    /// life (also by this very call, when an answer got lost).
+    pub async fn open_session(
+        &self,
+        client: &str,
+        dataset: &str,
+        resume: Option<(SessionId, Incarnation)>,
+        leases: bool,
+    ) -> Result<OpenSessionReply> {
+        let (resume, incarnation) = resume.map_or((0, 0), |(s, i)| (s.0, i.0));
+        let request =
+            OpenSessionRequest { client: client.into(), dataset: dataset.into(), resume, incarnation, leases };
         self.call(Who::Leader, &request, |mut c, r| async move { c.open_session(r).await }).await
     }
 
@@ -297,6 +309,39 @@ impl MasterClient {
         let patient = self.with_deadline(self.deadline.max(GROUP_DEADLINE));
         let call = |mut c: ClusterClient<Channel>, r| async move { c.remove_master(r).await };
         patient.call_within(Who::Leader, GROUP_DEADLINE - ATTEMPT_DEADLINE, &request, call).await
+    }
+
+    /// Lets a session's words about leases flow to the leader, or to whom may be it; one attempt.
+    ///
+    /// # Errors
+    /// [`Kind::NotLeader`] and all that a call may fail with; the next attempt goes where the answer pointed, or to the next master.
+    pub(crate) async fn talk(&self, mut asks: mpsc::Receiver<LeaseAsk>) -> Result<Streaming<LeaseTell>> {
+        let addr = self.target();
+        let stream = futures::stream::poll_fn(move |cx| asks.poll_recv(cx));
+        let mut client = LeasesClient::new(self.channel(&addr)?).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        match client.talk(stream).await {
+            Ok(answer) => {
+                self.shared.known.lock().leader = Some(addr);
+                Ok(answer.into_inner())
+            }
+            Err(status) => {
+                let e = of_transport(&status);
+                self.failed(&addr, &e);
+                Err(e)
+            }
+        }
+    }
+
+    /// What a stream to the leader ended with may say who leads now.
+    pub(crate) fn note(&self, e: &Error) {
+        if let Some(addr) = self.leader() {
+            self.failed(&addr, e);
+        }
+    }
+
+    /// The leader that is known does not do its work: look for another.
+    pub(crate) fn no_leader(&self) {
+        self.shared.known.lock().leader = None;
     }
 
     async fn call<Q, A, F, Fu>(&self, who: Who, request: &Q, rpc: F) -> Result<A>
@@ -361,14 +406,7 @@ impl MasterClient {
         r.set_timeout(deadline);
         match timeout(deadline, rpc(self.client(addr)?, r)).await {
             Ok(Ok(answer)) => Ok(answer.into_inner()),
-            Ok(Err(status)) => {
-                let e = from_status(&status);
-                // The transport's own codes for a master that went away in mid-call.
-                Err(match (e.kind(), status.metadata().contains_key(efc_proto::status::KIND_KEY)) {
-                    (Kind::Cancelled | Kind::Io | Kind::Stale, false) => Error::new(Kind::Unavailable, e.to_string()),
-                    _ => e,
-                })
-            }
+            Ok(Err(status)) => Err(of_transport(&status)),
             Err(_) => Err(Error::new(Kind::Timeout, "the master did not answer in time")),
         }
     }
@@ -441,6 +479,10 @@ impl MasterClient {
     }
 
     fn client(&self, addr: &str) -> Result<ClusterClient<Channel>> {
+        Ok(ClusterClient::new(self.channel(addr)?).max_decoding_message_size(REPLY_BYTES_MAX))
+    }
+
+    fn channel(&self, addr: &str) -> Result<Channel> {
         let mut known = self.shared.known.lock();
         let channel = match known.channels.get(addr) {
             Some(c) => c.clone(),
@@ -450,7 +492,18 @@ impl MasterClient {
                 c
             }
         };
-        Ok(ClusterClient::new(channel).max_decoding_message_size(REPLY_BYTES_MAX))
+        Ok(channel)
+    }
+}
+
+/// The error of a status; the transport's own codes for a master that went away in mid-call say that it is unavailable.
+pub(crate) fn of_transport(status: &Status) -> Error {
+    let e = from_status(status);
+    match (e.kind(), status.metadata().contains_key(efc_proto::status::KIND_KEY)) {
+        (Kind::Cancelled | Kind::Io | Kind::Stale | Kind::NotFound, false) => {
+            Error::new(Kind::Unavailable, e.to_string())
+        }
+        _ => e,
     }
 }
 

@@ -130,6 +130,11 @@ pub const TABLE: &[Metric] = &[
     m("efc_master_applied_index", Series::Gauge, "", "last applied Raft log index"),
     m("efc_master_workers", Series::Gauge, "state", "workers by state: live, draining, gone"),
     m("efc_master_sessions", Series::Gauge, "", "client sessions alive"),
+    m("efc_master_leases", Series::Gauge, "", "leases held, on the leader"),
+    m("efc_master_lease_waits", Series::Gauge, "", "wants that wait for a lease, on the leader"),
+    m("efc_master_lease_grants_total", Series::Counter, "", "leases granted (also again)"),
+    m("efc_master_lease_recalls_total", Series::Counter, "", "recalls of leases sent (also again)"),
+    m("efc_master_fences_total", Series::Counter, "", "sessions ended because they were silent or answered no recall"),
 ];
 
 /// Installs the Prometheus recorder of this process; its handle renders the exposition text.

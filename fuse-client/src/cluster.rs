@@ -146,7 +146,7 @@ async fn keep_session(master: MasterClient, client: String, dataset: String, tas
 }
 
 async fn open(master: &MasterClient, client: &str, dataset: &str) -> Result<(SessionId, Incarnation, Duration)> {
-    let s = master.open_session(client, dataset, SessionId(0)).await?;
+    let s = master.open_session(client, dataset, None, false).await?;
     // Three tries before the masters give the session up.
     let every = Duration::from_millis(s.expire_ms.max(300)) / 3;
     Ok((SessionId(s.session), Incarnation(s.incarnation), every))

@@ -4,8 +4,9 @@
 //! What must stay true: nobody is expired who was not silent for the whole grace period *as this leader could hear it*. A new
 //! leader therefore counts from its election, and one that was stopped or starved (its clock jumped) begins anew.
 
+use crate::lease::Desk;
 use crate::raft::Node;
-use crate::state::{Command, State};
+use crate::state::{Command, Outcome, State};
 use efc_common::id::{Incarnation, SessionId, WorkerId};
 use efc_common::metrics::gauge;
 use efc_common::{Error, Kind, Result};
@@ -91,11 +92,12 @@ impl Heard {
             .into_iter()
             .map(|(id, incarnation)| Command::ExpireWorker { id, incarnation })
             .collect();
-        let sessions = state.sessions().values().map(|s| (s.id, s.incarnation));
+        // Those that lease are judged by the desk of leases, by their own time.
+        let sessions = state.sessions().values().filter(|s| s.lease_ms == 0).map(|s| (s.id, s.incarnation));
         out.extend(
             overdue(&mut t.sessions, sessions, grace.session, now)
                 .into_iter()
-                .map(|(session, incarnation)| Command::ExpireSession { session, incarnation }),
+                .map(|(session, incarnation)| Command::ExpireSession { session, incarnation, office: 0 }),
         );
         out
     }
@@ -126,7 +128,7 @@ fn overdue<K: Hash + Eq + Clone>(
 }
 
 /// Runs until Raft stops. The owner of all commands that nobody asked for.
-pub(crate) async fn run(node: Arc<Node>, heard: Arc<Heard>, grace: Grace) {
+pub(crate) async fn run(node: Arc<Node>, heard: Arc<Heard>, desk: Arc<Desk>, grace: Grace) {
     let mut ticks = tokio::time::interval(grace.tick());
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut led: Option<u64> = None;
@@ -144,14 +146,15 @@ pub(crate) async fn run(node: Arc<Node>, heard: Arc<Heard>, grace: Grace) {
         export(&node, view.term, view.applied, view.leads);
         if !view.leads {
             refused = false;
+            desk.leave(&node.not_leader());
             if led.take().is_some() {
                 tracing::info!(node = view.node, "no longer the leader");
             }
             continue;
         }
-        if led != Some(view.term) {
+        if led != Some(view.term) || !desk.in_office(node.read(State::office)) {
             // What was acknowledged before this leader's time must be applied before anybody is judged by it.
-            let taken = take_office(&node).await;
+            let taken = take_office(&node, &desk).await;
             refused = taken.is_err();
             if let Err(e) = taken {
                 tracing::debug!(error = %e, "not yet the leader");
@@ -181,8 +184,9 @@ pub(crate) async fn run(node: Arc<Node>, heard: Arc<Heard>, grace: Grace) {
     }
 }
 
-/// A new leader names the cluster if it is the first, and ends a change of the voters that its predecessor left half done.
-async fn take_office(node: &Node) -> Result<()> {
+/// A new leader names the cluster if it is the first, ends a change of the voters that its predecessor left half done, and opens the desk of
+/// leases under a number that no other time of office has.
+async fn take_office(node: &Node, desk: &Desk) -> Result<()> {
     node.linearizable().await?;
     if node.read(|s| s.cluster().is_empty()) {
         let cluster = format!("{:016x}", rand::random::<u64>());
@@ -192,6 +196,10 @@ async fn take_office(node: &Node) -> Result<()> {
     if node.view().joint {
         node.finish_change().await?;
     }
+    let Outcome::Office { office } = node.propose(Command::TakeOffice).await? else {
+        return Err(Error::new(Kind::Io, "apply answered something else than was asked"));
+    };
+    desk.open(node, office);
     Ok(())
 }
 
@@ -275,7 +283,15 @@ mod tests {
     async fn only_the_silent_are_expired_and_everybody_gets_the_whole_grace() {
         let grace = Grace { worker: Duration::from_secs(10), session: Duration::from_secs(30) };
         let (heard, mut s) = (Heard::default(), state(&["a", "b"]));
-        s.apply(&Command::OpenSession { client: "c".into(), dataset: "d".into(), resume: SessionId(0) });
+        for lease_ms in [0, 1000] {
+            s.apply(&Command::OpenSession {
+                client: "c".into(),
+                dataset: "d".into(),
+                resume: SessionId(0),
+                incarnation: Incarnation(0),
+                lease_ms,
+            });
+        }
         // Never heard: counted from the first look.
         assert_eq!(heard.silent(&s, grace, Instant::now()), []);
         tokio::time::advance(Duration::from_secs(9)).await;
@@ -286,7 +302,7 @@ mod tests {
         // A heartbeat of an older life is none.
         s.apply(&b);
         tokio::time::advance(Duration::from_secs(20)).await;
-        let c = Command::ExpireSession { session: SessionId(1), incarnation: Incarnation(3) };
+        let c = Command::ExpireSession { session: SessionId(1), incarnation: Incarnation(3), office: 0 };
         let a = Command::ExpireWorker { id: WorkerId("a".into()), incarnation: Incarnation(1) };
         assert_eq!(heard.silent(&s, grace, Instant::now()), [a, c]);
         // A new leader begins anew.

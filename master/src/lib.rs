@@ -16,6 +16,7 @@ use coordinator::{Grace, Heard};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use formation::Formation;
+use lease::Desk;
 use raft::{Node, RaftDoor, Tuning};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -58,8 +59,10 @@ pub struct Config {
     pub snapshot_logs: u64,
     /// Silence after which a worker leaves the ring.
     pub worker_expire: Duration,
-    /// Silence after which a client session ends.
+    /// Silence after which a client session ends that holds no leases.
     pub session_expire: Duration,
+    /// Silence after which a client session ends that holds leases, and so long do its leases live after it was heard.
+    pub lease: Duration,
 }
 
 /// A running master.
@@ -138,7 +141,8 @@ impl Master {
         let tasks = TaskGroup::new();
         let (failed, failures) = mpsc::channel(4);
         let master = Master { node, tasks, failures: Mutex::new(failures), http: http_addr };
-        master.serve_grpc(grpc, Grace { worker: config.worker_expire, session: config.session_expire }, failed.clone());
+        let grace = Grace { worker: config.worker_expire, session: config.session_expire };
+        master.serve_grpc(grpc, grace, config.lease, failed.clone());
         let served = http::serve(http, master.node.clone(), metrics, master.stopped());
         master.spawn_part("http", served, failed.clone());
         let node = master.node.clone();
@@ -177,13 +181,16 @@ impl Master {
         self.tasks.token().cancelled_owned()
     }
 
-    fn serve_grpc(&self, listener: TcpListener, grace: Grace, failed: mpsc::Sender<Error>) {
+    fn serve_grpc(&self, listener: TcpListener, grace: Grace, lease: Duration, failed: mpsc::Sender<Error>) {
         let heard = Arc::new(Heard::default());
+        let desk = Arc::new(Desk::new(lease));
+        let (node, tasks) = (&self.node, &self.tasks);
         let server = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .max_concurrent_streams(Some(STREAMS_MAX))
-            .add_service(RaftDoor::service(self.node.clone()))
-            .add_service(service::Door::service(self.node.clone(), heard.clone(), grace, self.tasks.clone()));
+            .add_service(RaftDoor::service(node.clone()))
+            .add_service(service::LeaseDoor::service(node.clone(), desk.clone(), heard.clone(), tasks.clone()))
+            .add_service(service::Door::service(node.clone(), heard.clone(), desk.clone(), grace, tasks.clone()));
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let stop = self.stopped();
         let served = async move {
@@ -193,7 +200,10 @@ impl Master {
                 .map_err(|e| Error::new(Kind::Io, "the gRPC server ended").caused_by(e))
         };
         self.spawn_part("grpc", served, failed);
-        self.tasks.spawn(coordinator::run(self.node.clone(), heard, grace));
+        self.tasks.spawn_graceful(lease::keep_time(desk.clone(), self.tasks.clone()));
+        self.tasks.spawn(lease::prove(desk.clone(), self.node.clone()));
+        self.tasks.spawn(lease::fence(desk.clone(), self.node.clone()));
+        self.tasks.spawn(coordinator::run(self.node.clone(), heard, desk, grace));
     }
 
     /// The advertised gRPC address, `host:port`.

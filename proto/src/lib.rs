@@ -18,5 +18,6 @@ pub mod state {
 
 pub mod convert;
 pub mod frame;
+pub mod lease;
 pub mod shared;
 pub mod status;

@@ -324,6 +324,18 @@ impl Keeper {
         }
     }
 
+    /// Takes over the times that a new session was opened by. To be told before [`Event::SessionUp`]; not while a session lives.
+    pub fn agree(&mut self, times: Times) {
+        if self.life == Life::None {
+            self.config.times = times;
+        }
+    }
+
+    /// Counts the lives: what an operation read under an earlier one may not be remembered.
+    pub fn lives(&self) -> u64 {
+        self.lives
+    }
+
     /// Until when what is held may be believed.
     pub fn believed_until(&self) -> Moment {
         match self.life {

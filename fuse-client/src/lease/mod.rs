@@ -2,7 +2,8 @@
 //! carries its effects out and tells it what came of them.
 //!
 //! Rooms: `keeper` (the door: operations and their guards), `room` (what is known of one directory), `told` (grants and recalls), `session` (the
-//! session's life, new leaders, what time does).
+//! session's life, new leaders, what time does). Not pure: `driver` ([`Leases`]) is that caller, between operations, the link to the masters and
+//! the one who holds the copies.
 //!
 //! How it is meant to be driven: one owner task holds the keeper's mutex only for the length of a call. An operation calls
 //! [`Keeper::try_admit`] and, when it has ended, [`Keeper::done`]; both are a few table look-ups. Only what is not covered goes the long way of
@@ -14,11 +15,13 @@
 //! - One leader is listened to: that of the highest term by which a renewal was answered. What it has not confirmed ends when it would
 //!   have ended without it.
 
+mod driver;
 mod keeper;
 mod room;
 mod session;
 mod told;
 
+pub use driver::{Holder, LeaseGuard, Leases, Under};
 pub use keeper::{Config, Counts, Effect, Event, Guard, How, Keeper, OpId, RecallId, What, Why};
 
 #[cfg(test)]

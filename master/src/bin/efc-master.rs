@@ -61,9 +61,12 @@ struct Flags {
     /// A worker silent for this long leaves the ring
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
     worker_expire: Duration,
-    /// A client session silent for this long ends
+    /// A client session silent for this long ends, if it holds no leases (a read-only mount)
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     session_expire: Duration,
+    /// A client session that holds leases ends when it was silent for this long; the same on all masters
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    lease: Duration,
     /// Milliseconds between heartbeats of the leading master; above the time of an fsync
     #[arg(long, value_name = "MS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(10..=60_000))]
     heartbeat_ms: u64,
@@ -131,6 +134,7 @@ impl Flags {
             snapshot_logs: self.snapshot_logs,
             worker_expire: self.worker_expire,
             session_expire: self.session_expire,
+            lease: self.lease,
         })
     }
 }

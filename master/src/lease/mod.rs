@@ -2,7 +2,8 @@
 //! clock, and nothing of it is replicated: a new leader begins with an empty table and is told by the sessions what they believe.
 //!
 //! Rooms: `engine` (events, sessions, time), `grant` (who gets what, who is recalled), `subtree`, `claim` (reclaims), `table` (what is held and who
-//! waits for it). The coordinator owns the engine, feeds it and carries out its effects.
+//! waits for it). Not pure: `desk` owns the engine of the present time of office, feeds it and carries out its effects; `clerk` has the tasks
+//! that work for the desk.
 //!
 //! What must stay true, also of a leader that is deposed and has not noticed:
 //! - Two sessions never hold incompatible leases.
@@ -12,11 +13,15 @@
 //! - Each waits only for what is held and for who came earlier.
 
 mod claim;
+mod clerk;
+mod desk;
 mod engine;
 mod grant;
 mod subtree;
 mod table;
 
+pub(crate) use clerk::{fence, keep_time, prove};
+pub(crate) use desk::{Answer, Desk, Line};
 pub use engine::{Bounds, Counts, Effect, Engine, Event};
 
 #[cfg(test)]

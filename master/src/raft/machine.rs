@@ -5,7 +5,7 @@
 
 use super::db::Db;
 use super::types::{Entry, LogId, Snapshot, SnapshotMeta, StorageError, StorageIOError, Stored, TypeConfig};
-use crate::state::{Outcome, State, decode, encode};
+use crate::state::{Life, Outcome, State, decode, encode};
 use efc_common::{Error, Kind, Result};
 use openraft::storage::RaftStateMachine;
 use openraft::{AnyError, EntryPayload, OptionalSend, RaftSnapshotBuilder};
@@ -13,7 +13,10 @@ use parking_lot::{Mutex, RwLock};
 use rocksdb::WriteBatch;
 use std::io::Cursor;
 use std::sync::Arc;
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
+
+/// Lives that wait to be taken up by the leases. A desk that falls behind further resigns.
+const LIVES_QUEUE: usize = 4096;
 
 #[derive(Default)]
 struct Applied {
@@ -30,6 +33,8 @@ struct Shared {
     stored: Mutex<Option<LogId>>,
     /// Ring epoch: wakes long polls.
     epoch: watch::Sender<u64>,
+    /// Begun and ended lives of sessions that lease, in the order of the log. Sent under the lock of `applied`.
+    lives: broadcast::Sender<Life>,
 }
 
 /// Handle of the state machine; clones share it.
@@ -78,7 +83,8 @@ impl Machine {
         };
         let (epoch, _) = watch::channel(applied.state.epoch().0);
         let stored = Mutex::new(applied.last);
-        Ok(Machine { shared: Arc::new(Shared { db, applied: RwLock::new(applied), stored, epoch }) })
+        let (lives, _) = broadcast::channel(LIVES_QUEUE);
+        Ok(Machine { shared: Arc::new(Shared { db, applied: RwLock::new(applied), stored, epoch, lives }) })
     }
 
     /// Looks at the applied state. `look` must be short: it holds up apply.
@@ -89,6 +95,12 @@ impl Machine {
     /// The ring epoch, and its changes.
     pub(crate) fn epochs(&self) -> watch::Receiver<u64> {
         self.shared.epoch.subscribe()
+    }
+
+    /// Looks at the applied state; what changes in the lives of sessions after that look comes from the receiver.
+    pub(crate) fn read_and_follow<R>(&self, look: impl FnOnce(&State) -> R) -> (R, broadcast::Receiver<Life>) {
+        let applied = self.shared.applied.read();
+        (look(&applied.state), self.shared.lives.subscribe())
     }
 
     fn publish(&self, epoch: u64) {
@@ -147,7 +159,14 @@ impl RaftStateMachine<TypeConfig> for Machine {
                 a.last = Some(e.log_id);
                 outcomes.push(match e.payload {
                     EntryPayload::Blank => Outcome::Done,
-                    EntryPayload::Normal(command) => a.state.apply(&command),
+                    EntryPayload::Normal(command) => {
+                        let outcome = a.state.apply(&command);
+                        if let Some(life) = a.state.life_after(&command, &outcome) {
+                            // Nobody listens on a master that does not lead.
+                            let _ = self.shared.lives.send(life);
+                        }
+                        outcome
+                    }
                     EntryPayload::Membership(m) => {
                         a.membership = Stored::new(Some(e.log_id), m);
                         Outcome::Done

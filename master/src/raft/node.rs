@@ -5,7 +5,7 @@ use super::log_store::LogStore;
 use super::machine::Machine;
 use super::network::Network;
 use super::types::{Peer, Raft};
-use crate::state::{Command, Outcome, State};
+use crate::state::{Command, Life, Outcome, State};
 use efc_common::{Error, Kind, Result};
 use efc_proto::control::{HelloReply, MasterNode};
 use openraft::error::{ClientWriteError, RaftError};
@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, broadcast, watch};
 
 /// How long a proposal may take to be agreed on.
 const PROPOSE_DEADLINE: Duration = Duration::from_secs(5);
@@ -105,6 +105,11 @@ impl Node {
     /// Looks at the applied state; `look` must be short.
     pub(crate) fn read<R>(&self, look: impl FnOnce(&State) -> R) -> R {
         self.machine.read(look)
+    }
+
+    /// Looks at the applied state; what changes in the lives of sessions after that look comes from the receiver.
+    pub(crate) fn read_and_follow<R>(&self, look: impl FnOnce(&State) -> R) -> (R, broadcast::Receiver<Life>) {
+        self.machine.read_and_follow(look)
     }
 
     /// The ring epoch, and its changes.

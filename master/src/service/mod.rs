@@ -1,9 +1,13 @@
-//! The gRPC service `Cluster`: decode, one call, encode. Decisions are in `state` (what may happen), `coordinator` (who is silent) and
+//! The gRPC services: `Cluster` here (decode, one call, encode), `Leases` in `leases`. Decisions are in `state` (what may happen), `coordinator` (who is silent) and
 //! `raft` (who leads).
 
 mod convert;
+mod leases;
+
+pub(crate) use leases::LeaseDoor;
 
 use crate::coordinator::{Grace, Heard, check_life};
+use crate::lease::Desk;
 use crate::raft::Node;
 use crate::state::{Command, Outcome, State};
 use convert::{check_text, dataset, dataset_wire, registration, worker_id, worker_info};
@@ -23,6 +27,7 @@ const POLL_MAX: Duration = Duration::from_secs(60);
 pub(crate) struct Door {
     node: Arc<Node>,
     heard: Arc<Heard>,
+    desk: Arc<Desk>,
     grace: Grace,
     /// Ends long polls when the process stops.
     stop: efc_common::task::TaskGroup,
@@ -73,10 +78,11 @@ impl Door {
     pub(crate) fn service(
         node: Arc<Node>,
         heard: Arc<Heard>,
+        desk: Arc<Desk>,
         grace: Grace,
         stop: efc_common::task::TaskGroup,
     ) -> ClusterServer<Self> {
-        ClusterServer::new(Door { node, heard, grace, stop })
+        ClusterServer::new(Door { node, heard, desk, grace, stop })
     }
 
     fn ring(&self) -> RingReply {
@@ -195,7 +201,18 @@ impl Door {
         self.node.lead()?;
         check_text("client", &r.client)?;
         check_text("dataset", &r.dataset)?;
-        let command = Command::OpenSession { client: r.client, dataset: r.dataset, resume: SessionId(r.resume) };
+        if (r.resume == 0) != (r.incarnation == 0) {
+            return Err(Error::new(Kind::Invalid, "a session is resumed by its number and the life it is known in"));
+        }
+        let welcome = if r.leases { Some(self.desk.welcome()?) } else { None };
+        let expire = welcome.map_or(self.grace.session, |w| w.lease);
+        let command = Command::OpenSession {
+            client: r.client,
+            dataset: r.dataset,
+            resume: SessionId(r.resume),
+            incarnation: Incarnation(r.incarnation),
+            lease_ms: welcome.map_or(0, |w| w.lease.as_millis() as u64),
+        };
         let Outcome::Session { session, incarnation } = self.node.propose(command).await? else {
             return Err(unexpected());
         };
@@ -203,8 +220,10 @@ impl Door {
         Ok(OpenSessionReply {
             session: session.0,
             incarnation: incarnation.0,
-            expire_ms: self.grace.session.as_millis() as u64,
+            expire_ms: expire.as_millis() as u64,
             cluster: self.node.read(|s| s.cluster().to_string()),
+            term: welcome.map_or(0, |w| w.term),
+            margin_ms: welcome.map_or(0, |w| w.margin.as_millis() as u64),
         })
     }
 
@@ -315,7 +334,11 @@ impl Cluster for Door {
         let r = r.into_inner();
         let command = Command::CloseSession { session: SessionId(r.session), incarnation: Incarnation(r.incarnation) };
         answer(match self.node.lead() {
-            Ok(()) => self.node.propose(command).await.map(|_| CloseSessionReply {}),
+            Ok(()) => self.node.propose(command).await.map(|_| {
+                // Its leases pass on at once.
+                self.desk.look();
+                CloseSessionReply {}
+            }),
             Err(e) => Err(e),
         })
     }

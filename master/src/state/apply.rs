@@ -1,7 +1,7 @@
 //! `apply`: the state machine. Pure and total: every command of every age has an outcome, and a refused one changes nothing.
 
 use super::command::Why;
-use super::{Command, Dataset, Outcome, Registration, Session, State, Worker};
+use super::{Command, Dataset, Life, Outcome, Registration, Session, State, Worker};
 use efc_common::id::{Incarnation, SessionId, WorkerId};
 
 /// Bounds of the replicated state: it lives in memory and travels whole in a snapshot.
@@ -28,10 +28,42 @@ impl State {
             Command::ExpireWorker { id, incarnation } => self.expire(id, *incarnation),
             Command::CreateDataset(d) => self.create_dataset(d),
             Command::DeleteDataset { name } => self.delete_dataset(name),
-            Command::OpenSession { client, dataset, resume } => self.open_session(client, dataset, *resume),
-            Command::CloseSession { session, incarnation } | Command::ExpireSession { session, incarnation } => {
-                self.end_session(*session, *incarnation)
+            Command::OpenSession { client, dataset, resume, incarnation, lease_ms } => {
+                let opened = Session {
+                    id: *resume,
+                    incarnation: *incarnation,
+                    client: client.clone(),
+                    dataset: dataset.clone(),
+                    lease_ms: *lease_ms,
+                };
+                self.open_session(opened)
             }
+            Command::CloseSession { session, incarnation } => self.end_session(*session, *incarnation),
+            Command::ExpireSession { office, .. } if *office != 0 && *office != self.office => {
+                Outcome::refused(Why::Stale, format!("office {office} is over, this is {}", self.office))
+            }
+            Command::ExpireSession { session, incarnation, .. } => self.end_session(*session, *incarnation),
+            Command::TakeOffice => {
+                self.office += 1;
+                Outcome::Office { office: self.office }
+            }
+        }
+    }
+
+    /// What a command that was just applied, with this outcome, did to the life of a session that leases.
+    pub(crate) fn life_after(&self, command: &Command, outcome: &Outcome) -> Option<Life> {
+        match (command, outcome) {
+            (Command::OpenSession { lease_ms: 0, .. }, Outcome::Session { session, incarnation }) => {
+                Some(Life::Ended(*session, *incarnation))
+            }
+            (Command::OpenSession { .. }, Outcome::Session { session, incarnation }) => {
+                Some(Life::Begun(*session, *incarnation))
+            }
+            // Ends whichever life it was in; none of it begins again.
+            (Command::CloseSession { session, .. } | Command::ExpireSession { session, .. }, Outcome::Done) => {
+                Some(Life::Ended(*session, Incarnation(self.last_incarnation)))
+            }
+            _ => None,
         }
     }
 
@@ -175,8 +207,19 @@ impl State {
         }
     }
 
-    fn open_session(&mut self, client: &str, dataset: &str, resume: SessionId) -> Outcome {
-        let known = self.sessions.contains_key(&resume);
+    /// `opened.incarnation`: the life the caller knows.
+    fn open_session(&mut self, opened: Session) -> Outcome {
+        let (resume, knows) = (opened.id, opened.incarnation);
+        let known = match self.sessions.get(&resume) {
+            Some(s) if knows.0 != 0 && s.incarnation != knows => {
+                return Outcome::refused(
+                    Why::Stale,
+                    format!("session {resume} is in life {}, not {knows}", s.incarnation),
+                );
+            }
+            None if knows.0 != 0 => return Outcome::refused(Why::NotFound, format!("session {resume} is not open")),
+            found => found.is_some(),
+        };
         if !known && self.sessions.len() >= SESSIONS_MAX {
             return Outcome::refused(Why::Exhausted, format!("the cluster has {SESSIONS_MAX} client sessions already"));
         }
@@ -188,7 +231,7 @@ impl State {
             }
         };
         let incarnation = self.next_incarnation();
-        self.sessions.insert(id, Session { id, incarnation, client: client.into(), dataset: dataset.into() });
+        self.sessions.insert(id, Session { id, incarnation, ..opened });
         Outcome::Session { session: id, incarnation }
     }
 

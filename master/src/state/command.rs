@@ -25,12 +25,29 @@ pub(crate) enum Command {
     CreateDataset(Dataset),
     /// Removes a dataset that no session uses.
     DeleteDataset { name: String },
-    /// A client mounts, or takes its session `resume` over after a restart (0: new).
-    OpenSession { client: String, dataset: String, resume: SessionId },
+    /// A client mounts, or begins a new life of its session `resume` (0: new). A compare-and-set on the life it knows, so that a late copy
+    /// begins nothing (entries from before there was `incarnation` have 0 and compare nothing).
+    OpenSession {
+        client: String,
+        dataset: String,
+        resume: SessionId,
+        #[serde(default)]
+        incarnation: Incarnation,
+        /// The lease time of the leader that took the request; 0: a session without leases.
+        #[serde(default)]
+        lease_ms: u64,
+    },
     /// A client unmounts.
     CloseSession { session: SessionId, incarnation: Incarnation },
-    /// The coordinator found it silent for too long.
-    ExpireSession { session: SessionId, incarnation: Incarnation },
+    /// It was silent for too long. Of a session that leases: as this office heard it, and only while that is the last one taken (0: any).
+    ExpireSession {
+        session: SessionId,
+        incarnation: Incarnation,
+        #[serde(default)]
+        office: u64,
+    },
+    /// A leader takes office.
+    TakeOffice,
 }
 
 /// What applying a command gave.
@@ -44,8 +61,19 @@ pub(crate) enum Outcome {
     Dataset(Dataset),
     /// The session that was opened.
     Session { session: SessionId, incarnation: Incarnation },
+    /// The office that was taken.
+    Office { office: u64 },
     /// Nothing was changed, and why.
     Refused { why: Why, message: String },
+}
+
+/// What a command did to the life of a session, for those who keep its leases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Life {
+    /// It began (and ended the one before).
+    Begun(SessionId, Incarnation),
+    /// It ended, and every one before.
+    Ended(SessionId, Incarnation),
 }
 
 /// Why a command was refused.

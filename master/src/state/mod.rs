@@ -11,7 +11,7 @@ pub(crate) mod dataset;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use command::{Command, Outcome};
+pub(crate) use command::{Command, Life, Outcome};
 
 use efc_common::id::{Incarnation, RingEpoch, SessionId, WorkerId};
 use efc_common::{Error, Kind, Result};
@@ -95,6 +95,9 @@ pub(crate) struct Session {
     pub(crate) incarnation: Incarnation,
     pub(crate) client: String,
     pub(crate) dataset: String,
+    /// What it believes ends after so much silence; 0: it holds no leases.
+    #[serde(default)]
+    pub(crate) lease_ms: u64,
 }
 
 /// All that the master group agrees on.
@@ -109,6 +112,10 @@ pub(crate) struct State {
     workers: BTreeMap<WorkerId, Worker>,
     datasets: BTreeMap<String, Dataset>,
     sessions: BTreeMap<SessionId, Session>,
+    /// Counts the leaders' times. Raft's term cannot stand for it: a leader that was killed and comes back quickly goes on in its old term, but
+    /// has forgotten every lease.
+    #[serde(default)]
+    office: u64,
 }
 
 impl State {
@@ -140,6 +147,11 @@ impl State {
     /// Sessions by number.
     pub(crate) fn sessions(&self) -> &BTreeMap<SessionId, Session> {
         &self.sessions
+    }
+
+    /// The office that was taken last.
+    pub(crate) fn office(&self) -> u64 {
+        self.office
     }
 
     /// The state as bytes of a snapshot.

@@ -44,14 +44,21 @@ fn command() -> impl Strategy<Value = Command> {
         id.prop_map(|id| Command::ForgetWorker { id }),
         (0u8..3, 0u64..2).prop_map(|(n, ttl)| Command::CreateDataset(dataset(n, ttl))),
         (0u8..3).prop_map(|n| Command::DeleteDataset { name: format!("d{n}") }),
-        (0u8..3, 0u64..5).prop_map(|(n, s)| Command::OpenSession {
+        (0u8..3, 0u64..5, inc.clone(), 0u64..2).prop_map(|(n, s, incarnation, lease_ms)| Command::OpenSession {
             client: "c".into(),
             dataset: format!("d{n}"),
-            resume: SessionId(s)
+            resume: SessionId(s),
+            incarnation,
+            lease_ms
         }),
+        Just(Command::TakeOffice),
         (0u64..5, inc.clone())
             .prop_map(|(s, incarnation)| Command::CloseSession { session: SessionId(s), incarnation }),
-        (0u64..5, inc).prop_map(|(s, incarnation)| Command::ExpireSession { session: SessionId(s), incarnation }),
+        (0u64..5, inc, 0u64..3).prop_map(|(s, incarnation, office)| Command::ExpireSession {
+            session: SessionId(s),
+            incarnation,
+            office
+        }),
     ]
 }
 
@@ -148,11 +155,48 @@ fn a_mounted_dataset_stays_and_creating_twice_is_one() {
         s.apply(&Command::CreateDataset(dataset(1, 1))),
         Outcome::Refused { why: Why::AlreadyExists, .. }
     ));
-    s.apply(&Command::OpenSession { client: "c".into(), dataset: "d1".into(), resume: SessionId(0) });
+    s.apply(&open(0, 0));
     let delete = Command::DeleteDataset { name: "d1".into() };
     assert!(matches!(s.apply(&delete), Outcome::Refused { why: Why::Busy, .. }));
-    s.apply(&Command::ExpireSession { session: SessionId(1), incarnation: Incarnation(1) });
+    s.apply(&Command::ExpireSession { session: SessionId(1), incarnation: Incarnation(1), office: 0 });
     assert_eq!(s.apply(&delete), Outcome::Dataset(first));
+}
+
+fn open(resume: u64, incarnation: u64) -> Command {
+    Command::OpenSession {
+        client: "c".into(),
+        dataset: "d1".into(),
+        resume: SessionId(resume),
+        incarnation: Incarnation(incarnation),
+        lease_ms: 0,
+    }
+}
+
+#[test]
+fn a_late_copy_begins_no_other_life() {
+    let mut s = State::default();
+    let life = |n: u64| Outcome::Session { session: SessionId(1), incarnation: Incarnation(n) };
+    assert_eq!(s.apply(&open(0, 0)), life(1));
+    assert_eq!(s.apply(&open(1, 1)), life(2));
+    assert!(matches!(s.apply(&open(1, 1)), Outcome::Refused { why: Why::Stale, .. }));
+    s.apply(&Command::ExpireSession { session: SessionId(1), incarnation: Incarnation(2), office: 0 });
+    assert!(matches!(s.apply(&open(1, 2)), Outcome::Refused { why: Why::NotFound, .. }));
+    // As the log has it from before there were incarnations in it.
+    let old = r#"{"OpenSession":{"client":"c","dataset":"d1","resume":0}}"#;
+    assert_eq!(decode::<Command>(&[&[FORMAT], old.as_bytes()].concat()).expect("decode"), open(0, 0));
+}
+
+#[test]
+fn every_office_has_its_own_number() {
+    let mut s = State::default();
+    assert_eq!(s.apply(&Command::TakeOffice), Outcome::Office { office: 1 });
+    assert_eq!(s.apply(&Command::TakeOffice), Outcome::Office { office: 2 });
+    assert_eq!(s.office(), 2);
+    // What an earlier one concluded from silence is refused.
+    s.apply(&open(0, 0));
+    let expire = |office| Command::ExpireSession { session: SessionId(1), incarnation: Incarnation(1), office };
+    assert!(matches!(s.apply(&expire(1)), Outcome::Refused { why: Why::Stale, .. }));
+    assert_eq!(s.apply(&expire(2)), Outcome::Done);
 }
 
 #[test]

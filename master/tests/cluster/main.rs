@@ -2,4 +2,5 @@
 
 mod group;
 mod harness;
+mod leases;
 mod members;

@@ -121,22 +121,27 @@ async fn sessions_are_kept_resumed_and_expire() {
     let (_root, p) = single(&["--session-expire", "1s"]).await;
     let c = p.client();
     c.create_dataset(dataset("d")).await.expect("create");
-    let s = c.open_session("host:1:/mnt", "d", SessionId(0)).await.expect("open");
+    let s = c.open_session("host:1:/mnt", "d", None, false).await.expect("open");
     assert_eq!((s.session, s.expire_ms), (1, 1000));
     assert!(c.delete_dataset("d").await.is_err_and(|e| e.is(Kind::Busy)));
     // A restarted client takes its session over; the old life is fenced.
-    let again = c.open_session("host:2:/mnt", "d", SessionId(s.session)).await.expect("resume");
+    let known = |i: u64| Some((SessionId(s.session), Incarnation(i)));
+    let again = c.open_session("host:2:/mnt", "d", known(s.incarnation), false).await.expect("resume");
+    let late = c.open_session("host:1:/mnt", "d", known(s.incarnation), false).await;
+    assert!(late.is_err_and(|e| e.is(Kind::Stale)), "a late copy begins nothing");
     assert!(again.session == s.session && again.incarnation > s.incarnation);
     let keep = |i: u64| c.keep_session(SessionId(s.session), Incarnation(i));
     assert!(keep(s.incarnation).await.is_err_and(|e| e.is(Kind::Stale)));
     keep(again.incarnation).await.expect("keep");
     assert_eq!(c.list_sessions().await.expect("list")[0].client, "host:2:/mnt");
-    // Silent, it ends: the dataset can be deleted, and resuming gives a new one.
+    // Silent, it ends: the dataset can be deleted, and there is nothing to resume.
     crate::harness::eventually("expiry", || c.list_sessions(), |l| l.as_ref().is_ok_and(Vec::is_empty))
         .await
         .expect("list");
     assert!(keep(again.incarnation).await.is_err_and(|e| e.is(Kind::NotFound)));
-    let new = c.open_session("host:2:/mnt", "d", SessionId(s.session)).await.expect("open");
+    let gone = c.open_session("host:2:/mnt", "d", known(again.incarnation), false).await;
+    assert!(gone.is_err_and(|e| e.is(Kind::NotFound)));
+    let new = c.open_session("host:2:/mnt", "d", None, false).await.expect("open");
     assert_ne!(new.session, s.session);
     c.close_session(SessionId(new.session), Incarnation(new.incarnation)).await.expect("close");
     c.delete_dataset("d").await.expect("delete");

@@ -1,0 +1,358 @@
+//! [`Leases`]: the one owner of the [`Keeper`]. A short mutex around it, taken by operations, by the task that hears the masters and the clock,
+//! and by the tasks that flush and drop. All effects of a call are carried out under that mutex, in order; none of them waits.
+//!
+//! Flushes and drops run as tasks of their own, a bounded number at a time; there is at most one for each lease that is on its way back.
+
+use super::keeper::{Config, Counts, Effect, Event, Guard, How, Keeper, OpId, RecallId, What, Why};
+use async_trait::async_trait;
+use efc_client::lease::{LeaseLink, News, Who};
+use efc_client::master::MasterClient;
+use efc_common::id::Incarnation;
+use efc_common::lease::{Moment, Scope, Want};
+use efc_common::task::TaskGroup;
+use efc_common::{Error, Kind, Result};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tokio::time::{Instant, MissedTickBehavior};
+
+const TICK: Duration = Duration::from_millis(100);
+/// Flushes and drops at a time.
+const WORKERS: usize = 64;
+
+/// Who holds what is believed and changed: caches, the kernel's too, and changes that are not at the origin yet.
+#[async_trait]
+pub trait Holder: Send + Sync + 'static {
+    /// Brings all changes in this scope to the origin, or gives them up: no change of it may reach the origin after this has returned.
+    async fn flush(&self, scope: &Scope);
+    /// Drops names, attributes and pages of this scope.
+    async fn drop_cached(&self, scope: &Scope);
+    /// Drops everything: the session is over. Called again if operations of the old life were still running the first time.
+    async fn drop_all(&self);
+}
+
+/// How an operation may run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Under {
+    /// Under leases, until the guard is dropped. Changes are sent to the origin only with a deadline before this.
+    Believed {
+        /// When belief ends, if no renewal prolongs it; [`Leases::believed_until`] says what it is now.
+        until: Instant,
+    },
+    /// Past everything that is remembered, to the origin; nothing of it may be remembered.
+    Uncached,
+}
+
+struct Inner {
+    keeper: Keeper,
+    /// They hear how they may run, and in which life.
+    waiters: HashMap<OpId, oneshot::Sender<Result<(How, u64)>>>,
+    ops: u64,
+    /// The life that the link speaks in.
+    life: Option<Incarnation>,
+    closed: bool,
+}
+
+struct Shared {
+    /// Moments count from here.
+    base: Instant,
+    inner: Mutex<Inner>,
+    link: LeaseLink,
+    holder: Arc<dyn Holder>,
+    tasks: TaskGroup,
+    workers: Semaphore,
+    /// A guard was given back while the mount ends.
+    idle: Notify,
+}
+
+/// The leases of a mount; clones share them.
+#[derive(Clone)]
+pub struct Leases {
+    shared: Arc<Shared>,
+}
+
+enum Permit {
+    Quick(Option<Guard>),
+    Op(OpId),
+    Uncached,
+}
+
+/// Permission of an operation to run. Recalls wait until it is dropped.
+#[must_use = "the operation runs under it"]
+pub struct LeaseGuard {
+    shared: Arc<Shared>,
+    permit: Permit,
+    until: Moment,
+    /// In which it was given.
+    life: u64,
+}
+
+impl Leases {
+    /// Opens a session with the masters and keeps it, in tasks of `tasks`. Operations wait until there is one.
+    pub fn start(master: MasterClient, who: Who, config: Config, holder: Arc<dyn Holder>, tasks: &TaskGroup) -> Leases {
+        let (link, news) = LeaseLink::start(master, who, tasks);
+        link.open();
+        let keeper = Keeper::new(config);
+        let inner = Inner { keeper, waiters: HashMap::new(), ops: 0, life: None, closed: false };
+        let shared = Arc::new(Shared {
+            base: Instant::now(),
+            inner: Mutex::new(inner),
+            link,
+            holder,
+            tasks: tasks.clone(),
+            workers: Semaphore::new(WORKERS),
+            idle: Notify::new(),
+        });
+        tasks.spawn(listen(shared.clone(), news));
+        Leases { shared }
+    }
+
+    /// Permission to run with all these needs. May wait for other sessions to give something back, or for a session with the masters: callers
+    /// that cannot wait for ever put a time-out around it; dropping the future gives everything back.
+    ///
+    /// # Errors
+    /// [`Kind::Exhausted`] when too many wait; [`Kind::Cancelled`] when the mount ends.
+    pub async fn guard(&self, needs: Vec<Want>) -> Result<LeaseGuard> {
+        if let [need] = &needs[..]
+            && let Some(guard) = self.try_guard(need)
+        {
+            return Ok(guard);
+        }
+        let mut wait = {
+            let mut inner = self.shared.inner.lock();
+            if inner.closed {
+                return Err(closed());
+            }
+            inner.ops += 1;
+            let op = OpId(inner.ops);
+            let (tx, rx) = oneshot::channel();
+            inner.waiters.insert(op, tx);
+            let wait = Wait { shared: self.shared.clone(), op, answer: rx, over: false };
+            self.shared.feed(&mut inner, Event::Want { op, needs });
+            wait
+        };
+        let answer = (&mut wait.answer).await;
+        wait.over = true;
+        let (how, life) = answer.map_err(|_| closed())??;
+        let (permit, until) = match how {
+            How::Believed { until } => (Permit::Op(wait.op), until),
+            How::Uncached => (Permit::Uncached, Moment::ZERO),
+        };
+        Ok(LeaseGuard { shared: self.shared.clone(), permit, until, life })
+    }
+
+    /// Permission for one need, if it is held already: no waiting, no message.
+    pub fn try_guard(&self, need: &Want) -> Option<LeaseGuard> {
+        let mut inner = self.shared.inner.lock();
+        if inner.closed {
+            return None;
+        }
+        let guard = inner.keeper.try_admit(self.shared.now(), need)?;
+        let (until, life) = (inner.keeper.believed_until(), inner.keeper.lives());
+        Some(LeaseGuard { shared: self.shared.clone(), permit: Permit::Quick(Some(guard)), until, life })
+    }
+
+    /// Until when what is held may be believed; in the past: not at all.
+    pub fn believed_until(&self) -> Instant {
+        self.shared.base + self.shared.inner.lock().keeper.believed_until()
+    }
+
+    /// How much there is.
+    pub fn counts(&self) -> Counts {
+        self.shared.inner.lock().keeper.counts()
+    }
+
+    /// The mount ends. Its changes are at the origin already. Nobody is admitted any more; when those that run have ended, everything is dropped
+    /// and the masters are told, so that the leases pass on at once. If some still run after `patience`, the masters are left to notice.
+    pub async fn close(&self, patience: Duration) {
+        {
+            let mut inner = self.shared.inner.lock();
+            inner.closed = true;
+            self.shared.feed(&mut inner, Event::Close);
+        }
+        let ended = async {
+            while self.counts().running > 0 {
+                self.shared.idle.notified().await;
+            }
+        };
+        if tokio::time::timeout(patience, ended).await.is_ok() {
+            self.shared.holder.drop_all().await;
+            self.shared.link.close().await;
+        }
+    }
+}
+
+fn closed() -> Error {
+    Error::new(Kind::Cancelled, "the mount ends")
+}
+
+/// An operation that waits; dropped before its answer came, it gives up.
+struct Wait {
+    shared: Arc<Shared>,
+    op: OpId,
+    answer: oneshot::Receiver<Result<(How, u64)>>,
+    over: bool,
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        if self.over {
+            return;
+        }
+        let mut inner = self.shared.inner.lock();
+        let event = match inner.waiters.remove(&self.op) {
+            Some(_) => Event::GiveUp { op: self.op },
+            // It was answered just now; to give back what needs no giving back does no harm.
+            None => Event::Done { op: self.op },
+        };
+        self.shared.feed(&mut inner, event);
+    }
+}
+
+impl Shared {
+    fn now(&self) -> Moment {
+        self.base.elapsed()
+    }
+
+    fn moment(&self, at: Instant) -> Moment {
+        at.saturating_duration_since(self.base)
+    }
+
+    fn feed(self: &Arc<Self>, inner: &mut Inner, event: Event) {
+        let mut effects = Vec::new();
+        inner.keeper.on(self.now(), event, &mut effects);
+        self.carry_out(inner, effects);
+    }
+
+    fn carry_out(self: &Arc<Self>, inner: &mut Inner, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Send(ask) => {
+                    if let Some(life) = inner.life {
+                        // What is lost is said again.
+                        self.link.say(life, ask);
+                    }
+                }
+                // An answer that nobody takes is given back by the one who waited, see `Wait`.
+                Effect::Admit { op, how } => {
+                    let life = inner.keeper.lives();
+                    drop(inner.waiters.remove(&op).map(|w| w.send(Ok((how, life)))));
+                }
+                Effect::Fail { op, why } => {
+                    let error = match why {
+                        Why::TooMany => Error::new(Kind::Exhausted, "too many operations wait for leases"),
+                        Why::Closed => closed(),
+                    };
+                    drop(inner.waiters.remove(&op).map(|w| w.send(Err(error))));
+                }
+                Effect::Flush { recall, scope } => self.tasks.spawn(self.clone().flush(recall, scope)),
+                Effect::Drop { recall, what } => self.tasks.spawn(self.clone().drop_what(recall, what)),
+                Effect::SessionLost { incarnation } => {
+                    tracing::warn!(%incarnation, "the session with the masters was lost; what was remembered is dropped");
+                    inner.life = None;
+                    if !inner.closed {
+                        self.link.open();
+                    }
+                }
+            }
+        }
+    }
+
+    async fn flush(self: Arc<Self>, recall: RecallId, scope: Scope) {
+        // Never closed.
+        let _turn = self.workers.acquire().await;
+        self.holder.flush(&scope).await;
+        let mut inner = self.inner.lock();
+        self.feed(&mut inner, Event::Flushed { recall, scope });
+    }
+
+    async fn drop_what(self: Arc<Self>, recall: RecallId, what: What) {
+        match &what {
+            What::Scope(scope) => {
+                let _turn = self.workers.acquire().await;
+                self.holder.drop_cached(scope).await;
+            }
+            // Does not wait behind others: belief has ended already.
+            What::All => self.holder.drop_all().await,
+        }
+        let mut inner = self.inner.lock();
+        self.feed(&mut inner, Event::Dropped { recall, what });
+    }
+
+    fn hear(self: &Arc<Self>, news: News) {
+        let mut inner = self.inner.lock();
+        let event = match news {
+            News::Opened { incarnation, welcome, sent, .. } => {
+                inner.life = Some(incarnation);
+                inner.keeper.agree(welcome.times());
+                Event::SessionUp { incarnation, term: welcome.term, sent: self.moment(sent) }
+            }
+            News::Renewed { incarnation, term, sent } => Event::Renewed { incarnation, term, sent: self.moment(sent) },
+            News::Refused { incarnation } => Event::SessionRefused { incarnation },
+            News::Told { incarnation, tell } => Event::Told { incarnation, tell },
+        };
+        self.feed(&mut inner, event);
+    }
+}
+
+/// Hears the masters and the clock until the link ends.
+async fn listen(shared: Arc<Shared>, mut news: mpsc::Receiver<News>) {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            // News first: an answer to a renewal that has come prolongs what the clock would end.
+            biased;
+            heard = news.recv() => match heard {
+                Some(heard) => shared.hear(heard),
+                None => return,
+            },
+            _ = ticks.tick() => {
+                let mut inner = shared.inner.lock();
+                shared.feed(&mut inner, Event::Tick);
+            }
+        }
+    }
+}
+
+impl LeaseGuard {
+    /// How the operation may run.
+    pub fn how(&self) -> Under {
+        match self.permit {
+            Permit::Uncached => Under::Uncached,
+            Permit::Quick(_) | Permit::Op(_) => Under::Believed { until: self.shared.base + self.until },
+        }
+    }
+
+    /// May what was read under it be remembered? False when belief has ended meanwhile. To be asked before it is dropped, and remembered
+    /// before that too.
+    pub fn holds(&self) -> bool {
+        if matches!(self.permit, Permit::Uncached) {
+            return false;
+        }
+        let inner = self.shared.inner.lock();
+        inner.keeper.lives() == self.life && self.shared.now() < inner.keeper.believed_until()
+    }
+}
+
+impl Drop for LeaseGuard {
+    fn drop(&mut self) {
+        let mut inner = self.shared.inner.lock();
+        match &mut self.permit {
+            Permit::Quick(guard) => {
+                let mut effects = Vec::new();
+                if let Some(guard) = guard.take() {
+                    inner.keeper.done(self.shared.now(), guard, &mut effects);
+                }
+                self.shared.carry_out(&mut inner, effects);
+            }
+            Permit::Op(op) => self.shared.feed(&mut inner, Event::Done { op: *op }),
+            Permit::Uncached => {}
+        }
+        if inner.closed {
+            self.shared.idle.notify_one();
+        }
+    }
+}
