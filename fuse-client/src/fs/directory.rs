@@ -13,12 +13,15 @@ use efc_backend::tree::DynTree;
 use efc_common::node::{Entry, FileKind, Node};
 use efc_common::{Kind, Result};
 use moka::sync::Cache;
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// After a file turned out stale its directory is listed anew, but not more often than this.
 const RELIST_PAUSE: Duration = Duration::from_secs(1);
+/// Refreshed directories that are remembered one by one.
+const REFRESHED_MAX: usize = 1024;
 
 /// A name's answer and how long it may be believed.
 pub struct Found {
@@ -34,6 +37,21 @@ pub struct Directories {
     tree: Option<DynTree>,
     cache: Cache<u64, Kept>,
     ttl: Duration,
+    refreshed: Mutex<Vec<Refreshed>>,
+}
+
+/// A directory that was refreshed.
+struct Refreshed {
+    locator: Bytes,
+    /// Where locators are paths: and everything below.
+    below: bool,
+    at: Instant,
+}
+
+impl Refreshed {
+    fn covers(&self, locator: &[u8]) -> bool {
+        if self.below { locator.starts_with(&self.locator) } else { locator == &self.locator[..] }
+    }
 }
 
 /// A listing and the locator it is of: a directory that was renamed has another one.
@@ -45,7 +63,7 @@ impl Directories {
         let weigh = |_: &u64, (_, l): &Kept| u32::try_from(l.bytes() + 256).unwrap_or(u32::MAX);
         let cache = Cache::builder().weigher(weigh).max_capacity(bytes).build();
         // Only a tree that keeps changes in this process has anything to add to listings.
-        Directories { source, tree: tree.filter(|t| t.drafts()), cache, ttl }
+        Directories { source, tree: tree.filter(|t| t.drafts()), cache, ttl, refreshed: Mutex::default() }
     }
 
     /// A snapshot that may still be believed; of a tree with drafts to be corrected by [`Directories::corrected`].
@@ -57,6 +75,7 @@ impl Directories {
         let believed = !listing.freshness().is_zero()
             && locator == current
             && replaced.is_none_or(|at| asked > at)
+            && self.refreshed(&current).is_none_or(|at| asked > at)
             && dir.dir.as_ref().is_some_and(|d| d.is_newer_than_changes(asked));
         believed.then_some(listing)
     }
@@ -157,6 +176,9 @@ impl Directories {
         if let Some(at) = self.tree.as_ref().and_then(|t| t.replaced(&locator)) {
             max_age = max_age.min(at.elapsed());
         }
+        if let Some(at) = self.refreshed(&locator) {
+            max_age = max_age.min(at.elapsed());
+        }
         let listing = Arc::new(self.source.list(&locator, self.ttl, max_age, known.as_deref()).await?);
         self.cache.insert(dir.id, (locator, listing.clone()));
         Ok(listing)
@@ -184,6 +206,27 @@ impl Directories {
             Err(e) if e.is(Kind::NotFound) => Ok(Found { node: None, seen }),
             Err(e) => Err(e),
         }
+    }
+
+    /// Listings of `dir` (and of what is `below`, where locators are paths) are not believed if they were made before this moment, also when the kernel forgets
+    /// the nodes and they come back as others.
+    pub fn refresh(&self, dir: &Inode, below: bool) {
+        let new = Refreshed { locator: dir.locator(), below, at: Instant::now() };
+        let mut all = self.refreshed.lock();
+        all.retain(|old| old.at.elapsed() < self.ttl && !(new.covers(&old.locator) && new.below >= old.below));
+        if all.len() >= REFRESHED_MAX {
+            // Forgetting too much is right as well, only slower.
+            all.clear();
+            all.push(Refreshed { locator: Bytes::new(), below: true, ..new });
+        } else {
+            all.push(new);
+        }
+    }
+
+    /// When listings of this directory were last said to be old.
+    fn refreshed(&self, locator: &[u8]) -> Option<Instant> {
+        let all = self.refreshed.lock();
+        all.iter().filter(|r| r.covers(locator)).map(|r| r.at).max()
     }
 
     /// We changed names of `dir`: listings made before this moment are wrong, unless the tree corrects them.

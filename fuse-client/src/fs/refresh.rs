@@ -31,11 +31,16 @@ impl Shared {
             match self.parts.namespace.child(&at, name) {
                 Some(child) => at = child,
                 // Nobody has looked there: only the directory above may remember something, of the name itself.
-                None => return self.forget(vec![at]).await,
+                None => {
+                    self.parts.directories.refresh(&at, true);
+                    return self.forget(vec![at]).await;
+                }
             }
         }
+        self.parts.directories.refresh(&at, true);
         let mut all = self.parts.namespace.below(&at);
         if let Some(d) = at.dentry() {
+            self.parts.directories.refresh(&d.parent, false);
             all.push(d.parent);
         }
         self.forget(all).await
