@@ -250,6 +250,7 @@ impl Backend for File {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             shared_listing: false,
+            path_locators: true,
             conditional_read: true,
             symlinks: true,
             xattr: true,

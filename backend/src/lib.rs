@@ -36,6 +36,8 @@ pub struct Capabilities {
     /// A listing carries sizes, times and versions of its entries at no extra request, so workers cache it for the whole cluster
     /// (object stores). NAS directories are cheap to ask and are listed by each client itself.
     pub shared_listing: bool,
+    /// Locators are paths: that of what lies in a directory begins with the directory's. Else they stay with what they name wherever it moves (NFS).
+    pub path_locators: bool,
     /// `read` itself refuses a changed version (If-Match, or attributes in the READ reply).
     pub conditional_read: bool,
     /// Has symbolic links.

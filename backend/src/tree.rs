@@ -102,6 +102,17 @@ pub enum Allocate {
     },
 }
 
+/// A file with changes that the origin has not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pending {
+    /// Path below the mounted directory.
+    pub path: Bytes,
+    /// Length, bytes.
+    pub bytes: u64,
+    /// Why the last attempt to bring it to the origin failed.
+    pub error: Option<String>,
+}
+
 /// An origin that is a POSIX tree. Locators are those of [`crate::Backend`].
 #[async_trait]
 pub trait Tree: Send + Sync + 'static {
@@ -149,6 +160,33 @@ pub trait Tree: Send + Sync + 'static {
     /// The same, asking the origin if need be. [`efc_common::Kind::NotFound`] when the node is gone.
     async fn complete(&self, node: Node) -> Result<Node> {
         Ok(node)
+    }
+
+    /// Others are going to look: what is kept in this process of the files in `dir` (of the one called `name`) is brought to the origin.
+    async fn settle(&self, dir: &Bytes, name: Option<&[u8]>) -> Result<()> {
+        let _ = (dir, name);
+        Ok(())
+    }
+
+    /// Files with changes that the origin has not.
+    fn pending(&self) -> Vec<Pending> {
+        Vec::new()
+    }
+
+    /// Gives the changes of one of them up: it is again what the origin has, or nothing. [`efc_common::Kind::NotFound`]: there are none.
+    async fn discard(&self, path: &[u8]) -> Result<()> {
+        let _ = path;
+        Err(efc_common::Error::new(efc_common::Kind::NotFound, "this source is written through: nothing is kept here"))
+    }
+
+    /// The end comes: everything that is kept in this process is brought to the origin.
+    async fn settle_all(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Others may change what is in `dir` (the file called `name`) from now on: what is remembered of it is not used any more.
+    async fn forget(&self, dir: &Bytes, name: Option<&[u8]>) {
+        let _ = (dir, name);
     }
 
     /// Makes `name` in `dir`; [`efc_common::Kind::AlreadyExists`] if it is there.

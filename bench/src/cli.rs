@@ -3,7 +3,7 @@
 use crate::data::{Data, Plan};
 use crate::run::{Measured, Settings, Test, load, place, run};
 use crate::tool::{Kind, Tool, clean_up};
-use crate::{juicefs, proc, report, tmpfs};
+use crate::{juicefs, proc, report, tmpfs, writes};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
 use efc_testkit::S3Ro;
@@ -31,6 +31,39 @@ struct Cli {
 enum Mode {
     /// Warm open+read+close of the small files on a mount beside the same files in tmpfs.
     WarmVsTmpfs(WarmVsTmpfs),
+    /// Writing to a bucket: small files with and without write-back, an archive unpacked, one long file beside the store's own client.
+    Writes(Writes),
+}
+
+#[derive(Debug, clap::Args)]
+struct Writes {
+    /// Directory of data, caches and mountpoints; on tmpfs, so that no disk is measured. Needs about 5 GiB.
+    #[arg(long, default_value = "/dev/shm/efc-bench")]
+    dir: PathBuf,
+    /// Milliseconds that the S3 server waits before each answer, for small files and archives.
+    #[arg(long, default_value_t = 20)]
+    latency_ms: u64,
+    /// Who unpacks the archive too: s3fs, or 'name=mount command'. May be repeated.
+    #[arg(long = "peer", value_name = "PEER")]
+    peers: Vec<String>,
+    /// Small files that are created.
+    #[arg(long, default_value_t = 2000)]
+    creates: usize,
+    /// Files in the archive.
+    #[arg(long, default_value_t = 20_000)]
+    files: usize,
+    /// Files in the archive that peers unpack (their rate does not depend on it).
+    #[arg(long, default_value_t = 500)]
+    peer_files: usize,
+    /// Length of the long file, MiB.
+    #[arg(long, default_value_t = 1024)]
+    long_mib: usize,
+    /// Mount option for EFC; may be repeated.
+    #[arg(long = "efc-option", value_name = "NAME=VALUE")]
+    efc_options: Vec<String>,
+    /// Write the result as JSON to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -102,6 +135,7 @@ pub fn main() -> ExitCode {
     };
     let done = match &cli.command {
         Some(Mode::WarmVsTmpfs(args)) => on_data(&args.common, 1.0, |bench| warm_vs_tmpfs(args, bench)),
+        Some(Mode::Writes(args)) => measure_writes(args),
         None => on_data(&cli.compare.common, if cli.compare.quick { 0.1 } else { 1.0 }, |b| compare(&cli.compare, b)),
     };
     match done {
@@ -299,6 +333,51 @@ fn warm_vs_tmpfs(args: &WarmVsTmpfs, bench: &Bench) -> Result<()> {
     let result = json!({ "machine": machine(start_load), "data": bench.data.plan, "warm_vs_tmpfs": warm,
                          "efc_options": args.common.efc_options });
     save(&args.common.json, &result)
+}
+
+fn measure_writes(args: &Writes) -> Result<()> {
+    ensure!(nix::unistd::geteuid().is_root(), "mounting needs root");
+    ensure!(args.creates > 0 && args.files > 0 && args.peer_files > 0 && args.long_mib > 0, "nothing to write");
+    let dir = Removed(Owned::new(&args.dir, false)?);
+    end_well_on_signals(&dir)?;
+    proc::become_subreaper()?;
+    let start_load = load();
+    let plan = writes::Plan {
+        dir: dir.path.clone(),
+        efc: Tool { name: "efc".into(), kind: Kind::Efc(args.efc_options.clone()) },
+        peers: args.peers.iter().map(|p| Tool::peer(p)).collect::<Result<_>>()?,
+        latency: Duration::from_millis(args.latency_ms),
+        creates: args.creates,
+        tar_files: args.files,
+        peer_files: args.peer_files,
+        long_bytes: args.long_mib << 20,
+    };
+    let w = writes::run(&plan)?;
+    let line = |name: &str, c: &writes::Create| {
+        println!(
+            "  {name:<12} median {:>8.0} us, p99 {:>8.0} us, {:>7.0} files/s",
+            c.median_us, c.p99_us, c.files_per_s
+        );
+    };
+    println!("create + write 4 KiB + close, store {} ms away", args.latency_ms);
+    line("close waits", &w.create_sync);
+    line("writeback", &w.create_writeback);
+    println!("  {:.1} times the rate (floor 10, median at most 200 us)", w.create_ratio);
+    println!("tar x");
+    for u in &w.unpack {
+        println!(
+            "  {:<12} {:>6} files, tar {:>7.2} s, all at the store {:>7.2} s, {:>6.0} files/s, {:.2} requests per file",
+            u.tool, u.files, u.tar_s, u.all_s, u.files_per_s, u.requests_per_file
+        );
+    }
+    for (peer, ratio) in &w.unpack_ratio {
+        println!("  {ratio:.1} times the rate of {peer} (floor 20 beside s3fs)");
+    }
+    println!("{} MiB written in order and synced", args.long_mib);
+    println!("  efc   {:>6.2?} s", w.long_efc_s);
+    println!("  boto3 {:>6.2?} s; its best over ours {:.2} (floor 0.8)", w.long_client_s, w.long_ratio);
+    let settings = json!({ "latency_ms": args.latency_ms, "efc_options": args.efc_options });
+    save(&args.json, &json!({ "machine": machine(start_load), "settings": settings, "writes": w }))
 }
 
 fn save(file: &Option<PathBuf>, result: &Value) -> Result<()> {

@@ -15,3 +15,4 @@ pub mod run;
 pub mod tmpfs;
 pub mod tool;
 pub mod work;
+pub mod writes;

@@ -60,6 +60,15 @@ impl Tool {
         Ok(Tool { name: name.into(), kind })
     }
 
+    /// The same with more mount options, where those are EFC's.
+    pub fn with(&self, options: &[&str]) -> Tool {
+        let mut tool = self.clone();
+        if let Kind::Efc(all) = &mut tool.kind {
+            all.extend(options.iter().map(ToString::to_string));
+        }
+        tool
+    }
+
     /// Does it run a cluster that a second mount can join?
     pub fn is_efc(&self) -> bool {
         matches!(self.kind, Kind::Efc(_))

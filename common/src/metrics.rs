@@ -66,6 +66,8 @@ pub const TABLE: &[Metric] = &[
     m("efc_budget_used_bytes", Series::Gauge, "budget", "bytes held now, by budget"),
     m("efc_budget_total_bytes", Series::Gauge, "budget", "budget size, bytes"),
     m("efc_budget_waits_total", Series::Counter, "budget", "callers that had to wait for a budget"),
+    m("efc_leases", Series::Gauge, "", "leases that the mount holds (consistency=strict)"),
+    m("efc_leases_waiting", Series::Gauge, "", "operations of the mount that wait for a lease"),
     m("efc_ring_epoch", Series::Gauge, "", "epoch of the ring in use"),
     m(
         "efc_cache_requests_total",

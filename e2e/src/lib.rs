@@ -4,6 +4,7 @@
 //! a thread with a deadline ([`within`]), because a hung mount would hang the test for good.
 
 pub mod logs;
+pub mod net;
 pub mod reader;
 pub mod tree;
 
@@ -42,6 +43,8 @@ pub struct Master {
     pub node: u64,
     /// gRPC address.
     pub addr: String,
+    /// Metrics address.
+    pub http: String,
     /// The process, `None` while it is killed.
     pub child: Option<Guarded>,
     args: Vec<String>,
@@ -163,6 +166,7 @@ pub struct Cluster {
     /// The workers.
     pub workers: Vec<Worker>,
     dir: TempDir,
+    host: String,
 }
 
 impl Cluster {
@@ -171,10 +175,18 @@ impl Cluster {
     /// # Errors
     /// When a process does not come up.
     pub fn start(masters: usize, workers: &[WorkerSpec]) -> Result<Cluster> {
+        Cluster::start_at("127.0.0.1", masters, workers)
+    }
+
+    /// As [`Cluster::start`], on an address of this host.
+    ///
+    /// # Errors
+    /// When a process does not come up.
+    pub fn start_at(host: &str, masters: usize, workers: &[WorkerSpec]) -> Result<Cluster> {
         let dir = scratch("cluster")?;
-        let mut c = Cluster { masters: Vec::new(), workers: Vec::new(), dir };
+        let mut c = Cluster { masters: Vec::new(), workers: Vec::new(), dir, host: host.to_string() };
         let ports: Vec<[Port; 2]> = (0..masters).map(|_| Port::lease_many()).collect::<Result<_>>()?;
-        let addr = |p: &Port| format!("127.0.0.1:{}", p.number());
+        let addr = |p: &Port| format!("{host}:{}", p.number());
         let peers: Vec<String> = ports.iter().enumerate().map(|(i, p)| format!("{}={}", i + 1, addr(&p[0]))).collect();
         for (i, p) in ports.into_iter().enumerate() {
             let node = i as u64 + 1;
@@ -193,7 +205,7 @@ impl Cluster {
             ];
             let args = args.map(String::from).to_vec();
             let dir = c.dir.path().to_path_buf();
-            c.masters.push(Master { node, addr: addr(&p[0]), child: None, args, dir, _ports: p });
+            c.masters.push(Master { node, addr: addr(&p[0]), http: addr(&p[1]), child: None, args, dir, _ports: p });
         }
         c.start_masters()?;
         for spec in workers {
@@ -224,7 +236,8 @@ impl Cluster {
         std::fs::create_dir_all(&home)?;
         let unix = home.join("data.sock");
         let mut args: Vec<String> =
-            ["--id", &id, "--master", &self.master_addrs(), "--listen", "127.0.0.1:0"].map(String::from).to_vec();
+            ["--id", &id, "--master", &self.master_addrs(), "--listen"].map(String::from).to_vec();
+        args.push(format!("{}:0", self.host));
         args.extend(["--http", "127.0.0.1:0", "--unix", &unix.display().to_string()].map(String::from));
         args.extend(["--memory".into(), spec.memory.clone()]);
         if !spec.disk.is_empty() {
@@ -329,11 +342,24 @@ impl Mount {
     /// # Errors
     /// When the mount does not come up; the message carries its log.
     pub fn start(source: &str, options: &[&str], env: &[(&str, &str)]) -> Result<Mount> {
+        Mount::start_by(Command::new(program("efc-fuse")?), source, options, env)
+    }
+
+    /// As [`Mount::start`], with the daemon in a network namespace.
+    ///
+    /// # Errors
+    /// As [`Mount::start`].
+    pub fn start_in(node: &net::Node, source: &str, options: &[&str], env: &[(&str, &str)]) -> Result<Mount> {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", node.name)).arg(program("efc-fuse")?);
+        Mount::start_by(command, source, options, env)
+    }
+
+    fn start_by(mut command: Command, source: &str, options: &[&str], env: &[(&str, &str)]) -> Result<Mount> {
         let dir = scratch("mount")?;
         let path = dir.path().join("mnt");
         std::fs::create_dir(&path)?;
         let mut m = Mount { path, child: None, _dir: dir };
-        let mut command = Command::new(program("efc-fuse")?);
         command.args(["mount", "--foreground", source]).arg(&m.path).envs(env.iter().copied());
         let embedded = !options.iter().any(|o| o.contains("master="));
         if embedded {
@@ -348,6 +374,13 @@ impl Mount {
             std::fs::read_to_string(&log).is_ok_and(|t| t.lines().any(|l| l == "mounted"))
         })?;
         Ok(m)
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(child) = &mut self.child {
+            child.kill_hard();
+        }
     }
 
     /// Process id of the daemon.

@@ -12,15 +12,6 @@ const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Tests of pjdfstest that fail over Ganesha, and why.
 const NFS_FAILURES: &[(&str, &str)] = &[
-    ("link::remove_link::block", "Ganesha refuses LINK of special files (NFS3ERR_INVAL)"),
-    ("link::remove_link::char", "Ganesha refuses LINK of special files (NFS3ERR_INVAL)"),
-    ("link::remove_link::socket", "Ganesha refuses LINK of special files (NFS3ERR_INVAL)"),
-    ("rename::to_multiply_linked::block", "Ganesha refuses LINK of special files (NFS3ERR_INVAL)"),
-    ("rename::to_multiply_linked::char", "Ganesha refuses LINK of special files (NFS3ERR_INVAL)"),
-    ("rename::to_multiply_linked::socket", "Ganesha refuses LINK of special files (NFS3ERR_INVAL)"),
-    ("unlink::update_ctime_success::block", "Ganesha refuses LINK of special files (NFS3ERR_INVAL)"),
-    ("unlink::update_ctime_success::char", "Ganesha refuses LINK of special files (NFS3ERR_INVAL)"),
-    ("unlink::update_ctime_success::socket", "Ganesha refuses LINK of special files (NFS3ERR_INVAL)"),
     (
         "utimensat::follow_symlink",
         "Ganesha answers SETATTR of a symbolic link's times with success and does not set them",

@@ -2,6 +2,7 @@
 
 use crate::embedded::{Embedded, EmbeddedConfig, default_data_dir};
 use crate::options::MountOptions;
+use efc_client::lease::Who;
 use efc_client::master::MasterClient;
 use efc_client::peers::{Peers, PeersOptions, host_name};
 use efc_client::ring::RingWatch;
@@ -28,6 +29,10 @@ pub struct ClusterLink {
     pub ring: Arc<RingWatch>,
     /// The workers, as the cache of the mounted source.
     pub peers: Peers,
+    /// The masters.
+    pub master: MasterClient,
+    /// Whose session with the masters this mount has.
+    pub who: Who,
     embedded: Option<Embedded>,
 }
 
@@ -93,8 +98,13 @@ impl ClusterLink {
             PeersOptions { places, cache: what.cache, ..Default::default() },
         );
         let client = format!("{host}:{}:{}", std::process::id(), mountpoint.display());
-        tasks.spawn_graceful(keep_session(master, client, what.session.clone(), tasks.clone()));
-        Ok(ClusterLink { ring, peers, embedded })
+        let who = Who { client, dataset: what.session.clone() };
+        Ok(ClusterLink { ring, peers, master, who, embedded })
+    }
+
+    /// Tells the masters that this mount lives, where leases do not do that.
+    pub fn keep_session(&self, tasks: &TaskGroup) {
+        tasks.spawn_graceful(keep_session(self.master.clone(), self.who.clone(), tasks.clone()));
     }
 
     /// Ends the link; an embedded cluster is stopped in good order.
@@ -106,12 +116,12 @@ impl ClusterLink {
 }
 
 /// Opens a session and keeps it until the mount ends. Without masters nothing depends on it, so failures are told once per outage.
-async fn keep_session(master: MasterClient, client: String, dataset: String, tasks: TaskGroup) {
+async fn keep_session(master: MasterClient, who: Who, tasks: TaskGroup) {
     let mut session: Option<(SessionId, Incarnation, Duration)> = None;
     let mut failing = false;
     loop {
         let outcome = match session {
-            None => open(&master, &client, &dataset).await.map(Some),
+            None => open(&master, &who).await.map(Some),
             Some((id, life, every)) => match master.keep_session(id, life).await {
                 Ok(_) => Ok(Some((id, life, every))),
                 // Expired while nobody could be reached: open a new one.
@@ -145,8 +155,8 @@ async fn keep_session(master: MasterClient, client: String, dataset: String, tas
     }
 }
 
-async fn open(master: &MasterClient, client: &str, dataset: &str) -> Result<(SessionId, Incarnation, Duration)> {
-    let s = master.open_session(client, dataset, None, false).await?;
+async fn open(master: &MasterClient, who: &Who) -> Result<(SessionId, Incarnation, Duration)> {
+    let s = master.open_session(&who.client, &who.dataset, None, false).await?;
     // Three tries before the masters give the session up.
     let every = Duration::from_millis(s.expire_ms.max(300)) / 3;
     Ok((SessionId(s.session), Incarnation(s.incarnation), every))

@@ -37,6 +37,11 @@ pub enum Request {
         /// The path; empty: everything.
         path: String,
     },
+    /// Files with changes that the origin has not.
+    Dirty {
+        /// Give the changes of this one up (path relative to the mount's root).
+        discard: Option<String>,
+    },
     /// Fill the workers' cache with these paths (relative to the mount's root); progress lines come back, the last one has `done`.
     Warm {
         /// Files or directories (taken with all below them).

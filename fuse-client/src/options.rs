@@ -31,8 +31,9 @@ pub const OPTIONS: &[MountOption] = &[
     o("writable", "", "the same as rw; for mount(8), which says rw on its own account"),
     o(
         "consistency",
-        "ttl=SECONDS|immutable",
-        "how long names and attributes may be believed (default ttl=60); immutable: for good",
+        "strict[=SECONDS]|ttl=SECONDS|immutable",
+        "how long names and attributes may be believed. strict (default with rw): what another mount of the cluster changes is seen at once, what is changed past EFC \
+after SECONDS (60). ttl (default with ro, 60): any change is seen after that time. immutable: for good",
     ),
     o("allow_other", "", "let other users in (default when root mounts)"),
     o("default_permissions", "", "let the kernel check modes and owners (default)"),
@@ -48,6 +49,11 @@ pub const OPTIONS: &[MountOption] = &[
     o("cache_dir", "DIR", "disk tier of the embedded worker (default: none)"),
     o("cache_size", "SIZE", "quota of cache_dir (default 10GiB)"),
     o("memory", "SIZE", "budget of this process (default 1GiB or 10% of memory, the smaller)"),
+    o(
+        "writeback",
+        "",
+        "object stores: close does not wait for the store, fsync does; a mount that is killed loses what was closed and not synced",
+    ),
     o(
         "staging",
         "DIR",
@@ -65,7 +71,7 @@ pub const OPTIONS: &[MountOption] = &[
 /// Parsed options of a mount.
 #[derive(Debug, Clone)]
 pub struct MountOptions {
-    /// Consistency level, if given; a dataset may have one, else it is [`Consistency::default`].
+    /// Consistency level, if given; a dataset may have one, else it is strict for read-write mounts and [`Consistency::default`] for others.
     pub consistency: Option<Consistency>,
     /// Changes are permitted.
     pub read_write: bool,
@@ -87,6 +93,8 @@ pub struct MountOptions {
     pub cache_size_bytes: u64,
     /// Budget of this process, bytes.
     pub memory_bytes: u64,
+    /// Files are committed behind their close.
+    pub writeback: bool,
     /// Staging directory.
     pub staging: Option<PathBuf>,
     /// Room in it, bytes.
@@ -165,6 +173,7 @@ impl MountOptions {
             secret: SecretRef::Env,
             keys: None,
             workers_only: false,
+            writeback: false,
             source: BTreeMap::new(),
         };
         for (name, value) in split(texts) {
@@ -221,6 +230,7 @@ impl MountOptions {
             "default_permissions" => self.default_permissions = true,
             "no_default_permissions" => self.default_permissions = false,
             "workers_only" => self.workers_only = true,
+            "writeback" => self.writeback = true,
             _ => {}
         }
     }
@@ -352,7 +362,7 @@ mod tests {
             ("ro=1", "ro"),
             ("umask=999", "umask"),
             ("memory=1MiB", "memory"),
-            ("consistency=strict", "consistency"),
+            ("consistency=stricter", "consistency"),
             ("secret=dir:relative", "secret"),
             ("threads=0", "threads"),
             ("master=a:1,cache_dir=/x", "cache_dir"),

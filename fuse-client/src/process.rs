@@ -5,7 +5,7 @@ use crate::cli::MountArgs;
 use crate::cluster::{ClusterLink, Mounted};
 use crate::control::{self, ControlSocket};
 use crate::fs::directory::Directories;
-use crate::fs::{EfcFs, Parts};
+use crate::fs::{EfcFs, Parts, Strict};
 use crate::kernel::handover::{self, HandoverLimits, HandoverServer};
 use crate::kernel::{Ended, Mount, MountConfig, Session, SessionConfig, adopt, serve};
 use crate::namespace::{Namespace, Nodes};
@@ -113,7 +113,8 @@ async fn resolve(args: &MountArgs, options: &MountOptions) -> Result<Resolved> {
         }
     };
     let keys = keys_to_send(&spec, options.keys.as_ref())?;
-    let consistency = options.consistency.or(offered).unwrap_or_default();
+    let usual = if options.read_write { Consistency::strict() } else { Consistency::default() };
+    let consistency = options.consistency.or(offered).unwrap_or(usual);
     let mounted = Mounted { spec, keys, cache, session };
     Ok(Resolved { mounted, consistency, shown: args.source.clone() })
 }
@@ -145,6 +146,7 @@ async fn dataset(
 /// A mount that is up.
 struct Process {
     mount: Mount,
+    fs: Arc<EfcFs>,
     session: Arc<Session>,
     handover: HandoverServer,
     control: ControlSocket,
@@ -160,14 +162,22 @@ impl Process {
         let root = origin.backend.root().await?;
         let tasks = TaskGroup::new();
         let ttl = source.consistency.ttl();
+        if options.writeback && (!options.read_write || origin.objects.is_none()) {
+            let text = "writeback is for read-write mounts of object stores: leave it out, or add -o rw (NAS sources are written through)";
+            return Err(Error::new(Kind::Invalid, text));
+        }
         let (backend, tree) = if options.read_write {
             let (backend, tree) = writable(origin, &root, &options, ttl, &tasks).await?;
             (backend, Some(tree))
         } else {
             (origin.backend, None)
         };
-        let nodes = if options.read_write { Nodes::Follow } else { Nodes::Versions };
+        let strict = source.consistency.is_strict();
+        let nodes = if options.read_write || strict { Nodes::Follow } else { Nodes::Versions };
         let cluster = ClusterLink::start(&options, &source.mounted, &args.mountpoint, &args.log_level, &tasks).await?;
+        if !strict {
+            cluster.keep_session(&tasks);
+        }
         let data = Arc::new(DataSource::new(backend, Some(cluster.peers.clone()), options.workers_only));
 
         let taken = if args.takeover {
@@ -193,6 +203,11 @@ impl Process {
                 ownership: options.ownership.clone(),
                 ttl,
                 tasks: tasks.clone(),
+                strict: strict.then(|| Strict {
+                    master: cluster.master.clone(),
+                    who: cluster.who.clone(),
+                    deadline: options.read_deadline,
+                }),
             },
             tokio::runtime::Handle::current(),
         ));
@@ -227,6 +242,7 @@ impl Process {
             control: control::listen(&args.mountpoint, teller.clone(), &tasks)?,
             teller,
             mount,
+            fs,
             session,
             cluster,
             tasks,
@@ -281,11 +297,12 @@ impl Process {
             _ = term.recv() => { self.leave(true); Ok(()) }
             _ = int.recv() => { self.leave(true); Ok(()) }
         };
+        let kept = self.fs.end(STOP_PATIENCE).await;
         // Reads under way are answered by now or never: nobody is left to hear them.
         self.tasks.shutdown(STOP_PATIENCE).await;
         drop((self.handover, self.control, self.session));
         self.cluster.stop().await;
-        outcome
+        outcome.and(kept)
     }
 }
 
@@ -318,7 +335,8 @@ async fn writable(
     let default = || options.data_dir.as_ref().map_or_else(|| "/var/tmp/efc".into(), |d| d.join("staging"));
     let dir = options.staging.clone().unwrap_or_else(default);
     let space = Space::new(dir, options.memory_bytes / STAGING_SHARE, options.staging_bytes);
-    let tree = ObjectTree::new(objects, origin.backend, root.locator.clone(), space, ttl);
+    let later = options.writeback.then(|| tasks.clone());
+    let tree = ObjectTree::new(objects, origin.backend, root.locator.clone(), space, ttl, later);
     tree.recover(tasks).await;
     let tree = Arc::new(tree);
     Ok((tree.clone(), tree))
@@ -336,8 +354,8 @@ fn listen_for_successors(
     std::fs::create_dir_all(control::run_dir())?;
     let save = Box::new(move || {
         if namespace.follows() {
-            // Its open files would be unknown to the successor.
-            return Err(Error::new(Kind::Unsupported, "a read-write mount cannot be handed over yet"));
+            // Its open files and its leases would be unknown to the successor.
+            return Err(Error::new(Kind::Unsupported, "a read-write or strict mount cannot be handed over yet"));
         }
         Ok(namespace.save())
     });

@@ -67,6 +67,8 @@ pub struct Stats {
     pub inodes: u64,
     /// Process budget: bytes used, bytes in all, callers that had to wait.
     pub budget: (u64, u64, u64),
+    /// Leases held and operations that wait for one, on mounts with `consistency=strict`.
+    pub leases: Option<(u64, u64)>,
     /// Ring epoch in use.
     pub ring_epoch: u64,
     /// Requests this process itself sent to the origin, by kind.
@@ -163,7 +165,11 @@ impl Stats {
                 )),
             }
         }
-        let origin: Vec<String> = self.origin_requests.iter().map(|(k, n)| format!("{k} {n}")).collect();
+        let origin: Vec<String> =
+            self.origin_requests.iter().filter(|(_, n)| **n > 0).map(|(k, n)| format!("{k} {n}")).collect();
+        if let Some((held, waiting)) = self.leases {
+            line(format!("leases {held}, operations that wait for one {waiting}"));
+        }
         line(format!(
             "inodes {}, ring epoch {}, memory {} of {}, waits {}, own origin requests: {}",
             self.inodes,

@@ -56,6 +56,10 @@ impl Teller {
         gauge!("efc_budget_used_bytes", "budget" => "client").set(self.budget.used() as f64);
         gauge!("efc_budget_total_bytes", "budget" => "client").set(self.budget.total() as f64);
         counter!("efc_budget_waits_total", "budget" => "client").absolute(self.budget.waits());
+        if let Some(leases) = self.fs.leases() {
+            gauge!("efc_leases").set(leases.leases as f64);
+            gauge!("efc_leases_waiting").set(leases.waiting as f64);
+        }
         gauge!("efc_ring_epoch").set(self.ring.current().epoch().0 as f64);
         self.exposition.render()
     }
@@ -69,6 +73,7 @@ impl Teller {
             uptime_s: self.started.elapsed().as_secs(),
             inodes: self.namespace.len(),
             budget: (self.budget.used(), self.budget.total(), self.budget.waits()),
+            leases: self.fs.leases().map(|l| (l.leases as u64, l.waiting as u64)),
             ..Stats::default()
         };
         stats.absorb(&self.metrics());
@@ -131,6 +136,10 @@ impl Handler for Teller {
                 }
                 Request::Refresh { path } => match self.fs.forget_below(path.as_bytes()).await {
                     Ok(n) => json!({ "forgotten": n }),
+                    Err(e) => json!({ "error": e.to_string() }),
+                },
+                Request::Dirty { discard } => match self.fs.dirty(discard.as_deref()).await {
+                    Ok(files) => json!({ "files": files }),
                     Err(e) => json!({ "error": e.to_string() }),
                 },
                 Request::Status => json!({

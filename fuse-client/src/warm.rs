@@ -1,6 +1,7 @@
 //! Filling the workers' cache with parts of a mounted tree, for `efc warmup PATH`. Walks names like a look-up does, then asks the owners
 //! of each block to fetch it; no file bytes come to this process.
 
+use crate::namespace::Belief;
 use crate::read::source::DataSource;
 use bytes::Bytes;
 use efc_client::peers::FileRef;
@@ -99,7 +100,7 @@ async fn warm_path(source: &Arc<DataSource>, root: &Node, ttl: Duration, path: &
     while let Some((path, node)) = todo.pop() {
         match node.attr.kind {
             FileKind::Directory => {
-                let listing = source.list(&node.locator, ttl, ttl, None).await?;
+                let listing = source.list(&node.locator, Belief::for_time(ttl), ttl, None).await?;
                 let mut files = Vec::new();
                 for e in listing.entries() {
                     let below = format!("{path}/{}", String::from_utf8_lossy(&e.name));
@@ -122,7 +123,7 @@ async fn child(source: &Arc<DataSource>, dir: &Node, ttl: Duration, name: &[u8])
     if !source.shared_listing() {
         return source.lookup(&dir.locator, name).await;
     }
-    let listing = source.list(&dir.locator, ttl, ttl, None).await?;
+    let listing = source.list(&dir.locator, Belief::for_time(ttl), ttl, None).await?;
     let missing = || Error::new(Kind::NotFound, "no such file or directory");
     listing.find(name).map(|e| e.node.clone()).ok_or_else(missing)
 }

@@ -150,6 +150,7 @@ impl Backend for Nfs {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             shared_listing: false,
+            path_locators: false,
             conditional_read: true,
             symlinks: true,
             xattr: false,

@@ -80,7 +80,7 @@ impl Backend for ObjectBackend {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { shared_listing: true, conditional_read: true, ..Capabilities::default() }
+        Capabilities { shared_listing: true, path_locators: true, conditional_read: true, ..Capabilities::default() }
     }
 
     /// Checks bucket, key and endpoint by asking for the bucket's location: neither a LIST nor a HEAD. Keys that may not ask that (and

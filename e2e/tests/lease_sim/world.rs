@@ -80,6 +80,8 @@ enum Decision {
 #[derive(Debug, Clone, Copy)]
 enum Step {
     Fetch,
+    /// Read past a lease on its way back; nothing is remembered.
+    Pass,
     Remember,
     Apply,
     Answer,
@@ -574,7 +576,8 @@ impl World {
             if matches!(doing, Doing::Change(_)) {
                 self.fail(format!("client {c}: a change without a lease"));
             }
-            self.clients[c].ops.remove(&id);
+            let delay = self.chance.ms(0, 60);
+            self.after(delay, Happening::Step(c, boot, id, Step::Pass, doing));
             return;
         };
         op.until = until;
@@ -626,6 +629,7 @@ impl World {
                 }
                 self.after(delay, Happening::Step(c, boot, id, Step::Remember, doing));
             }
+            (Step::Pass, _) if lives => self.done(c, id),
             (Step::Remember, Doing::Read(unit)) if lives => {
                 let fetched = self.clients[c].ops.get(&id).and_then(|o| o.fetched);
                 let memory = self.clients[c].memory(unit);

@@ -1,5 +1,6 @@
 //! The `efc-fuse` command line: parse, call one function, turn its error into a sentence and an exit code.
 
+pub mod dirty;
 pub mod doctor;
 pub mod mount;
 pub mod refresh;
@@ -35,6 +36,12 @@ enum Command {
     Stats(StatsArgs),
     /// Forget what is remembered of a path in a mount and below: the next look asks the origin, before the ttl is over.
     Refresh(RefreshArgs),
+    /// Show which files of a mount have changes that the store has not, and why.
+    #[command(
+        after_help = "Files wait while they are written, and after their close on mounts with `writeback` or when the store refused them. What was refused is tried again; \
+`--discard` gives the changes of a file up: it is again what the store has, or gone.\n\nExamples:\n  efc-fuse dirty /mnt\n  efc-fuse dirty /mnt --discard results/broken.bin"
+    )]
+    Dirty(DirtyArgs),
     /// Check this machine: FUSE features and the guarantees that follow; with a SOURCE also the origin's speed.
     Doctor(DoctorArgs),
 }
@@ -122,6 +129,19 @@ pub struct RefreshArgs {
     pub output: String,
 }
 
+/// Arguments of `efc-fuse dirty`.
+#[derive(Debug, Args)]
+pub struct DirtyArgs {
+    /// The mountpoint.
+    pub mountpoint: PathBuf,
+    /// Give the changes of this file up; its path below the mountpoint.
+    #[arg(long, value_name = "PATH")]
+    pub discard: Option<String>,
+    /// Output: text or json.
+    #[arg(short, long, default_value = "text")]
+    pub output: String,
+}
+
 /// Arguments of `efc-fuse doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
@@ -176,6 +196,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Umount(a) => mount::umount(&a.mountpoint, a.lazy, a.force),
         Command::Stats(a) => stats::stats(&a),
         Command::Refresh(a) => refresh::refresh(&a),
+        Command::Dirty(a) => dirty::dirty(&a),
         Command::Doctor(a) => doctor::doctor(&a),
     };
     match done {

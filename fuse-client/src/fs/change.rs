@@ -2,15 +2,15 @@
 //! and listings of the directories concerned are distrusted.
 
 use super::Shared;
+use super::belief::{Beliefs, Permit};
 use super::open::Parked;
 use crate::kernel::{AttrOut, CreateOut, EntryOut, SetAttr, SetTime};
-use crate::namespace::{Inode, Seen};
+use crate::namespace::Inode;
 use bytes::Bytes;
 use efc_backend::tree::{Change, New, NewNode, RenameMode, SetTime as OriginTime};
 use efc_common::node::{FileKind, Node};
 use efc_common::{Error, Kind, Result};
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Names of removed files that are still open, in their directory; never listed.
 pub const PARKED_PREFIX: &[u8] = b".efc-removed-";
@@ -23,9 +23,13 @@ pub(super) struct At {
 
 impl Shared {
     /// Enters a node that was just made or found under a name.
-    fn enter(&self, at: &At, node: &Node) -> (Arc<Inode>, EntryOut) {
-        let seen = Seen::at(Instant::now(), self.parts.ttl);
-        self.entry(&at.dir, &at.name, node, seen)
+    fn enter(&self, permit: &Permit, at: &At, node: &Node) -> (Arc<Inode>, EntryOut) {
+        self.entry(permit, &at.dir, (&at.name, node), permit.belief.seen())
+    }
+
+    /// To make a name.
+    async fn to_make(&self, at: &At) -> Result<Permit> {
+        self.permit(&[], &|b| Ok(vec![self.change_names(b, &at.dir)?])).await
     }
 
     /// Names of `dir` were changed by us, and with them its times and link count.
@@ -35,28 +39,48 @@ impl Shared {
     }
 
     /// MKNOD, MKDIR, SYMLINK.
-    pub(super) async fn make(&self, at: At, new: NewNode) -> Result<EntryOut> {
+    pub(super) async fn make(&self, at: At, new: NewNode) -> Result<(EntryOut, Permit)> {
         let tree = self.tree()?;
-        let made = tree.create(&at.dir.locator(), &at.name, &new).await;
+        let permit = self.to_make(&at).await?;
+        if self.asks_first() && self.is_taken(&at, &permit).await? {
+            return Err(Error::new(Kind::AlreadyExists, "there is something of this name"));
+        }
+        let made = permit.within(tree.create(&at.dir.locator(), &at.name, &new)).await;
         self.touched(&at.dir);
         let mut node = made?;
         if new.what == New::File && tree.drafts() {
             // Nobody has it open, so nobody would close it.
-            node = tree.open(&node.locator, true).await?.sync(false).await?;
+            let file = tree.open(&node.locator, true).await?;
+            node = permit.within(file.sync(false)).await?;
         }
-        Ok(self.enter(&at, &node).1)
+        Ok((self.enter(&permit, &at, &node).1, permit))
+    }
+
+    /// Where new files wait here before they are at the origin, and removing is the same as having removed, the origin cannot tell whether a name is there: it is looked
+    /// up first, and only a lease makes the answer last.
+    fn asks_first(&self) -> bool {
+        self.beliefs.is_some() && self.has_drafts()
+    }
+
+    async fn is_taken(&self, at: &At, permit: &Permit) -> Result<bool> {
+        Ok(self.parts.directories.find(&at.dir, &at.name, permit.belief).await?.node.is_some())
     }
 
     /// CREATE: makes the file or, unless it must be new, opens the one that is there.
-    pub(super) async fn create(&self, at: At, new: NewNode, flags: i32) -> Result<CreateOut> {
+    pub(super) async fn create(&self, at: At, new: NewNode, flags: i32) -> Result<(CreateOut, Permit)> {
         let tree = self.tree()?;
-        let made = tree.create(&at.dir.locator(), &at.name, &new).await;
+        let permit = self.to_change_name(&at).await?;
+        let made = match self.asks_first() && self.is_taken(&at, &permit).await? {
+            true => Err(Error::new(Kind::AlreadyExists, "there is something of this name")),
+            false => permit.within(tree.create(&at.dir.locator(), &at.name, &new)).await,
+        };
         self.touched(&at.dir);
         let mut node = match made {
             Err(e) if e.is(Kind::AlreadyExists) && flags & libc::O_EXCL == 0 => {
                 let mut node = self.parts.source.lookup(&at.dir.locator(), &at.name).await?;
                 if node.attr.kind == FileKind::File && flags & libc::O_TRUNC != 0 {
-                    node = tree.set_attr(&node.locator, &Change { size: Some(0), ..Change::default() }).await?;
+                    let cut = Change { size: Some(0), ..Change::default() };
+                    node = permit.within(tree.set_attr(&node.locator, &cut)).await?;
                 }
                 node
             }
@@ -72,42 +96,84 @@ impl Shared {
             // Closing a handle that cannot write says nothing to a draft.
             node = made;
         }
-        let (inode, entry) = self.enter(&at, &node);
+        let (inode, entry) = self.enter(&permit, &at, &node);
         let file = match self.files.share(inode.id, write) {
             Some(shared) => shared,
             None => file,
         };
-        Ok(CreateOut { entry, open: self.opened(&inode, flags, file) })
+        Ok((CreateOut { entry, open: self.opened(&inode, flags, file) }, permit))
     }
 
     /// LINK.
-    pub(super) async fn link(&self, inode: &Arc<Inode>, at: At) -> Result<EntryOut> {
+    pub(super) async fn link(&self, inode: &Arc<Inode>, at: At) -> Result<(EntryOut, Permit)> {
+        let needs = |b: &Beliefs| {
+            let mut wants = self.change_node(b, inode)?;
+            wants.push(self.change_names(b, &at.dir)?);
+            Ok(wants)
+        };
+        let permit = self.permit(std::slice::from_ref(inode), &needs).await?;
         let change = inode.begin();
-        let linked = self.tree()?.link(&inode.locator(), &at.dir.locator(), &at.name).await;
+        let (file, dir) = (inode.locator(), at.dir.locator());
+        let linked = permit.within(self.tree()?.link(&file, &dir, &at.name)).await;
         self.touched(&at.dir);
         let node = linked?;
-        change.finish(node.clone(), self.parts.ttl);
+        change.finish(node.clone(), permit.belief.ttl);
         self.parts.namespace.note_links(inode, &node.attr);
-        Ok(self.enter(&at, &node).1)
+        let entry = self.enter(&permit, &at, &node).1;
+        if self.beliefs.is_some() {
+            // With its second name it is leased by itself.
+            inode.doubt();
+        }
+        Ok((entry, permit))
+    }
+
+    /// To change or remove what has a name, and the name.
+    async fn to_change_name(&self, at: &At) -> Result<Permit> {
+        let needs = |b: &Beliefs| {
+            let mut wants = self.change_named(b, &at.dir, &at.name)?;
+            wants.push(self.change_names(b, &at.dir)?);
+            Ok(wants)
+        };
+        self.permit(&self.file_at(&at.dir, &at.name), &needs).await
+    }
+
+    /// To rename.
+    async fn to_rename(&self, from: &At, to: &At) -> Result<Permit> {
+        let needs = |b: &Beliefs| {
+            let mut wants = Vec::new();
+            for at in [from, to] {
+                wants.push(self.change_names(b, &at.dir)?);
+                wants.extend(self.change_named(b, &at.dir, &at.name)?);
+                wants.extend(self.change_below(b, &at.dir, &at.name)?);
+            }
+            Ok(wants)
+        };
+        let mut files = self.file_at(&from.dir, &from.name);
+        files.extend(self.file_at(&to.dir, &to.name));
+        self.permit(&files, &needs).await
     }
 
     /// UNLINK and RMDIR.
-    pub(super) async fn remove(&self, at: At, directory: bool) -> Result<()> {
+    pub(super) async fn remove(&self, at: At, directory: bool) -> Result<((), Permit)> {
         let tree = self.tree()?;
+        let permit = self.to_change_name(&at).await?;
+        if self.asks_first() && !self.is_taken(&at, &permit).await? {
+            return Err(Error::new(Kind::NotFound, "there is nothing of this name any more"));
+        }
         let known = self.parts.namespace.child(&at.dir, &at.name);
         let open = known.as_ref().filter(|i| !directory && !tree.keeps_removed() && self.files.is_open(i.id));
         let removed = match open {
-            Some(inode) if inode.attr().nlink < 2 => self.park(&at, inode).await,
-            _ => tree.remove(&at.dir.locator(), &at.name, directory).await,
+            Some(inode) if inode.attr().nlink < 2 => permit.within(self.park(&at, inode)).await,
+            _ => permit.within(tree.remove(&at.dir.locator(), &at.name, directory)).await,
         };
         self.touched(&at.dir);
         removed?;
         let gone = self.parts.namespace.removed(&at.dir, &at.name, |dir, name| tree.child(dir, name));
         if let Some(inode) = gone {
-            // Its link count and change time are others now.
-            inode.expire();
+            // Its link count and change time are others now, and so may be what it is leased by.
+            inode.doubt();
         }
-        Ok(())
+        Ok(((), permit))
     }
 
     /// Removes a file that is open by giving it a hidden name, which goes with the last handle.
@@ -126,7 +192,7 @@ impl Shared {
     }
 
     /// RENAME.
-    pub(super) async fn rename(&self, from: At, to: At, flags: u32) -> Result<()> {
+    pub(super) async fn rename(&self, from: At, to: At, flags: u32) -> Result<((), Permit)> {
         let mode = match flags {
             0 => RenameMode::Replace,
             libc::RENAME_NOREPLACE => RenameMode::NoReplace,
@@ -134,15 +200,16 @@ impl Shared {
             _ => return Err(Error::new(Kind::Invalid, "this way of renaming is not offered")),
         };
         let tree = self.tree()?;
+        let permit = self.to_rename(&from, &to).await?;
         let (from_dir, to_dir) = (from.dir.locator(), to.dir.locator());
         let target = self.parts.namespace.child(&to.dir, &to.name);
         let kept = match &target {
             Some(t) if mode == RenameMode::Replace && !tree.keeps_removed() && self.files.is_open(t.id) => {
-                self.keep_replaced(t, &to_dir).await?
+                permit.within(self.keep_replaced(t, &to_dir)).await?
             }
             _ => None,
         };
-        let renamed = tree.rename((&from_dir, &from.name), (&to_dir, &to.name), mode).await;
+        let renamed = permit.within(tree.rename((&from_dir, &from.name), (&to_dir, &to.name), mode)).await;
         self.touched(&from.dir);
         self.touched(&to.dir);
         let node = match (renamed, kept, &target) {
@@ -166,13 +233,13 @@ impl Shared {
             self.parts.namespace.renamed((&from.dir, &from.name), (&to.dir, &to.name), node.locator.clone());
         }
         if let Some(t) = target {
-            t.expire();
+            t.doubt();
         }
         if let Some(moved) = self.parts.namespace.child(&to.dir, &to.name) {
             // Renaming changes the change time, hence the version.
-            moved.expire();
+            moved.doubt();
         }
-        Ok(())
+        Ok(((), permit))
     }
 
     /// Gives an open file that a rename is going to replace a second, hidden name.
@@ -191,7 +258,7 @@ impl Shared {
     }
 
     /// SETATTR.
-    pub(super) async fn set_attr(&self, inode: &Arc<Inode>, set: SetAttr) -> Result<AttrOut> {
+    pub(super) async fn set_attr(&self, inode: &Arc<Inode>, set: SetAttr) -> Result<(AttrOut, Permit)> {
         let change = Change {
             mode: set.mode.map(|m| m & 0o7777),
             uid: set.uid,
@@ -200,15 +267,17 @@ impl Shared {
             atime: set.atime.map(origin_time),
             mtime: set.mtime.map(origin_time),
         };
-        if change != Change::default() {
-            let guard = inode.begin();
-            let node = match self.files.direct(inode) {
-                Some(file) if file_can(&change) || inode.is_nameless() => file.set_attr(&change).await?,
-                _ => self.tree()?.set_attr(&inode.locator(), &change).await?,
-            };
-            guard.finish(node, self.parts.ttl);
+        if change == Change::default() {
+            return self.getattr(inode).await;
         }
-        Ok(self.attr_out(inode))
+        let permit = self.to_change(inode).await?;
+        let guard = inode.begin();
+        let node = match self.files.direct(inode) {
+            Some(file) if file_can(&change) || inode.is_nameless() => permit.within(file.set_attr(&change)).await?,
+            _ => permit.within(self.tree()?.set_attr(&inode.locator(), &change)).await?,
+        };
+        guard.finish(node, permit.belief.ttl);
+        Ok((self.attr_out(inode, &permit), permit))
     }
 }
 

@@ -5,7 +5,7 @@
 //! does not tell (modes, owners, symbolic links) is asked for when a name is looked up, not for all names of a directory.
 
 use crate::namespace::listing::Listing;
-use crate::namespace::{Inode, ROOT_ID, Seen};
+use crate::namespace::{Belief, Inode, ROOT_ID, Seen};
 use crate::read::source::DataSource;
 use crate::write::OWN_PREFIX;
 use bytes::Bytes;
@@ -97,8 +97,7 @@ impl Directories {
         let kept = |e: &&Entry| !changes.contains_key(&e.name) && !self.is_own(dir, &e.name);
         let mut entries: Vec<Entry> = listing.entries().iter().filter(kept).cloned().collect();
         entries.extend(changes.into_iter().filter_map(|(name, node)| Some(Entry { name, node: node? })));
-        let fresh = listing.seen().fresh_until.saturating_duration_since(asked);
-        Arc::new(Listing::new(entries, listing.version, asked, fresh))
+        Arc::new(Listing::new(entries, listing.version, listing.seen()))
     }
 
     /// The answer for a name from our own changes, or from `listing`.
@@ -154,33 +153,36 @@ impl Directories {
     ///
     /// # Errors
     /// What workers and origin said; [`Kind::Exhausted`] for a directory too large to list.
-    pub async fn list(&self, dir: &Inode) -> Result<Arc<Listing>> {
-        let listing = self.listed(dir).await?;
+    pub async fn list(&self, dir: &Inode, belief: Belief) -> Result<Arc<Listing>> {
+        let listing = self.listed(dir, belief).await?;
         Ok(self.corrected(dir, listing))
     }
 
-    async fn listed(&self, dir: &Inode) -> Result<Arc<Listing>> {
+    async fn listed(&self, dir: &Inode, belief: Belief) -> Result<Arc<Listing>> {
         let Some(state) = &dir.dir else {
             return Err(efc_common::Error::new(Kind::NotADirectory, "not a directory").with("path", dir.path()));
         };
-        if let Some(l) = self.cached(dir) {
+        let cached = || self.cached(dir).filter(|_| !belief.ttl.is_zero());
+        if let Some(l) = cached() {
             return Ok(l);
         }
         let _only_one = state.refresh.lock().await;
-        if let Some(l) = self.cached(dir) {
+        if let Some(l) = cached() {
             return Ok(l);
         }
         let locator = dir.locator();
         let known = self.cache.get(&dir.id).filter(|(l, _)| *l == locator).map(|(_, listing)| listing);
-        let mut max_age = state.max_age(self.ttl);
+        let mut max_age = state.max_age(belief.max_age);
         if let Some(at) = self.tree.as_ref().and_then(|t| t.replaced(&locator)) {
             max_age = max_age.min(at.elapsed());
         }
         if let Some(at) = self.refreshed(&locator) {
             max_age = max_age.min(at.elapsed());
         }
-        let listing = Arc::new(self.source.list(&locator, self.ttl, max_age, known.as_deref()).await?);
-        self.cache.insert(dir.id, (locator, listing.clone()));
+        let listing = Arc::new(self.source.list(&locator, belief, max_age, known.as_deref()).await?);
+        if !belief.ttl.is_zero() {
+            self.cache.insert(dir.id, (locator, listing.clone()));
+        }
         Ok(listing)
     }
 
@@ -188,19 +190,21 @@ impl Directories {
     ///
     /// # Errors
     /// As [`Directories::list`]; that there is no such name is not an error.
-    pub async fn find(&self, dir: &Inode, name: &[u8]) -> Result<Found> {
-        if let Some(found) = self.find_cached(dir, name) {
+    pub async fn find(&self, dir: &Inode, name: &[u8], belief: Belief) -> Result<Found> {
+        if !belief.ttl.is_zero()
+            && let Some(found) = self.find_cached(dir, name)
+        {
             return Ok(found);
         }
-        if self.source.shared_listing() {
-            match self.listed(dir).await {
+        if self.source.shared_listing() && !belief.ttl.is_zero() {
+            match self.listed(dir, belief).await {
                 Ok(l) => return self.complete(self.find_in(dir, name, &l)).await,
                 // Too large to hold: ask for the one name.
                 Err(e) if e.is(Kind::Exhausted) => {}
                 Err(e) => return Err(e),
             }
         }
-        let seen = Seen::at(Instant::now(), self.ttl);
+        let seen = belief.seen();
         match self.source.lookup(&dir.locator(), name).await {
             Ok(node) => Ok(Found { node: Some(node), seen }),
             Err(e) if e.is(Kind::NotFound) => Ok(Found { node: None, seen }),
@@ -234,6 +238,11 @@ impl Directories {
         if self.tree.is_some() {
             return;
         }
+        self.forget(dir);
+    }
+
+    /// What is remembered of `dir` is not to be used any more.
+    pub fn forget(&self, dir: &Inode) {
         if let Some(state) = &dir.dir {
             state.changed();
             self.cache.invalidate(&dir.id);

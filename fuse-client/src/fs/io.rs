@@ -1,21 +1,32 @@
 //! Operations on open files of a read-write mount: open, read, write, sync and what else works on a handle.
 
+use super::belief::Permit;
 use super::{Shared, errno_of, log};
 use crate::fs::open::Handle;
 use crate::kernel::{Errno, Notification, OpenOut, open_flags};
-use crate::namespace::{Inode, Seen};
+use crate::namespace::change::Update;
+use crate::namespace::{Belief, Inode};
 use crate::read::stream::Plan;
 use bytes::Bytes;
 use efc_backend::tree::{Allocate, DynTree, OpenFile};
-use efc_common::node::FileKind;
+use efc_common::lease::Mode;
+use efc_common::node::{FileKind, Node};
 use efc_common::{Error, Kind, Result};
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
+use tracing::{debug, warn};
 
 /// Longer than the tick of any file system's clock that we know (NFS servers on Linux: 1 to 10 ms), with room for scheduling.
 const CLOCK_TICK: Duration = Duration::from_secs(1);
+
+/// So many versions of a file are tried to be read before it is read as it is at the moment.
+const VERSIONS_MAX: usize = 8;
+/// How long pages that were changed through a mapping wait for a lease.
+const WRITE_BACK_PATIENCE: Duration = Duration::from_secs(1);
+/// For the kernel to drop pages that were read past a lease; what holds it up longer are readers that wait for the lease's return.
+const PASSING_DEADLINE: Duration = Duration::from_millis(300);
 
 /// What an application is told.
 type Answered<T> = std::result::Result<T, Errno>;
@@ -30,11 +41,32 @@ impl Shared {
     }
 
     /// Fresh attributes of a following node from the origin. Pages of an older version are dropped.
-    pub(super) async fn refresh(&self, inode: &Arc<Inode>) -> Result<()> {
-        let seen = Seen::at(Instant::now(), self.parts.ttl);
-        let mut node = match self.files.direct(inode) {
-            Some(file) => file.attr().await?,
-            None => match self.parts.source.getattr(&inode.locator()).await {
+    pub(super) async fn refresh(&self, inode: &Arc<Inode>, belief: Belief) -> Result<()> {
+        for _ in 0..VERSIONS_MAX {
+            match self.refresh_once(inode, belief).await? {
+                // Asked before a change of our own ended.
+                Update::Refused if inode.now().fresh_until <= Instant::now() => {}
+                Update::Refused | Update::Kept => return Ok(()),
+                Update::Moved => {
+                    self.pages_are_old(inode);
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn refresh_once(&self, inode: &Arc<Inode>, belief: Belief) -> Result<Update> {
+        let seen = belief.seen();
+        let placed = if self.is_unplaced(inode) { self.place(inode, belief).await? } else { None };
+        let mut node = match (placed, self.files.direct(inode)) {
+            (_, Some(file)) => file.attr().await?,
+            (Some(node), None) => node,
+            (None, None) => match self.parts.source.getattr(&inode.locator()).await {
+                Ok(node) if !inode.is_file(&node) => match self.files.any(inode.id) {
+                    Some(file) => file.attr().await?,
+                    None => return Err(Error::new(Kind::Stale, "another file has taken its place")),
+                },
                 Err(e) if e.is(Kind::NotFound) || e.is(Kind::Stale) => match self.files.any(inode.id) {
                     // Removed elsewhere, but open here.
                     Some(file) => file.attr().await?,
@@ -43,16 +75,68 @@ impl Shared {
                 other => other?,
             },
         };
-        if node.attr.kind != inode.kind {
-            return Err(Error::new(Kind::Stale, "another kind of file has taken its place"));
-        }
         if self.files.is_parked(inode.id) {
             node.attr.nlink = 0;
         }
-        if self.parts.namespace.refresh(inode, &node, seen) {
-            self.pages_are_old(inode);
+        Ok(self.parts.namespace.refresh(inode, &node, seen))
+    }
+
+    /// Looks a file up by its name, because its lease is that of the name: others may have moved it since it was seen last. `None`: it is not there any more.
+    async fn place(&self, inode: &Arc<Inode>, belief: Belief) -> Result<Option<Node>> {
+        let Some(d) = inode.dentry() else { return Ok(None) };
+        let found = match self.parts.source.lookup(&d.parent.locator(), &d.name).await {
+            Ok(node) if inode.is_file(&node) => Some(node),
+            Ok(node) if self.parts.source.path_locators() && inode.has_number(&node) => {
+                // Known by the path of another of its names, which is gone.
+                inode.relocate(node.locator.clone());
+                Some(node)
+            }
+            Ok(_) => None,
+            Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Stale | Kind::NotADirectory) => None,
+            Err(e) => return Err(e),
+        };
+        match &found {
+            Some(_) => inode.placed.store(!belief.ttl.is_zero(), Ordering::Release),
+            // Made here, and not at the origin yet.
+            None if self.files.direct(inode).is_some_and(|f| !f.is_clean()) && self.has_drafts() => {}
+            None => self.parts.namespace.lose(inode),
         }
-        Ok(())
+        Ok(found)
+    }
+
+    pub(super) fn has_drafts(&self) -> bool {
+        self.tree().is_ok_and(|t| t.drafts())
+    }
+
+    /// To change a node, which is known to be where it was.
+    pub(super) async fn to_change(&self, inode: &Arc<Inode>) -> Result<Permit> {
+        self.node(inode, Mode::Exclusive).await
+    }
+
+    /// To write back what was changed through a mapping. A drop of the pages may wait for it, so it does not wait long: if the lease is on its way to somebody
+    /// else, it is written all the same.
+    pub(super) async fn written_back(&self, inode: &Arc<Inode>) -> Result<Permit> {
+        match tokio::time::timeout(WRITE_BACK_PATIENCE, self.to_change(inode)).await {
+            Ok(permit) => permit,
+            Err(_) => Ok(Permit::none()),
+        }
+    }
+
+    /// The kernel drops pages that it read past a lease on its way back. Where a reader waits for the lease's return they are gone already, and the drop would wait for
+    /// that reader.
+    pub(super) async fn drop_pages(&self, inode: &Inode, range: Range<u64>) {
+        if inode.waiting_reads.lock().iter().any(|r| r.start < range.end && range.start < r.end) {
+            return;
+        }
+        let Some(session) = self.session.get().and_then(Weak::upgrade) else { return };
+        let length = (range.end - range.start) as i64;
+        let pages = Notification::InvalidateInode { node: inode.id, offset: range.start as i64, length };
+        match session.notifier().tell(pages, PASSING_DEADLINE).await {
+            // Somebody reads them anew: what was there is gone.
+            Err(e) if e.is(Kind::Timeout) => debug!(path = inode.path(), "pages are held by another reader"),
+            Err(e) => warn!(path = inode.path(), error = %e, "the kernel keeps pages that may be old"),
+            Ok(_) => {}
+        }
     }
 
     /// The kernel's pages of a node are of an older version: it drops them now, and at the latest at the next open.
@@ -62,16 +146,17 @@ impl Shared {
     }
 
     /// OPEN of an existing file.
-    pub(super) async fn open(&self, inode: &Arc<Inode>, flags: i32) -> Result<OpenOut> {
+    pub(super) async fn open(&self, inode: &Arc<Inode>, flags: i32) -> Result<(OpenOut, Permit)> {
         let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
-        if inode.now().fresh_until <= Instant::now() {
-            self.refresh(inode).await?;
+        let permit = self.node(inode, Mode::Shared).await?;
+        if self.beliefs.is_none() && inode.now().fresh_until <= Instant::now() {
+            self.refresh(inode, permit.belief).await?;
         }
         let file = match self.files.share(inode.id, write) {
             Some(file) => file,
             None => self.tree()?.open(&inode.locator(), write).await?,
         };
-        Ok(self.opened(inode, flags, file))
+        Ok((self.opened(inode, flags, file), permit))
     }
 
     /// Enters an open file and says how the kernel is to treat it.
@@ -79,7 +164,11 @@ impl Shared {
         let fh = self.next_handle.fetch_add(1, Ordering::Relaxed);
         self.files.enter(fh, inode.clone(), flags, file);
         let mut out = 0;
-        if !inode.pages_old.swap(false, Ordering::AcqRel) {
+        let pages_old = inode.pages_old.swap(false, Ordering::AcqRel);
+        if self.beliefs.is_some() && flags & libc::O_ACCMODE != libc::O_RDONLY {
+            // A write that waits for its lease would hold pages that a recall waits for.
+            out |= open_flags::DIRECT_IO;
+        } else if !pages_old {
             out |= open_flags::KEEP_CACHE;
         }
         if flags & libc::O_ACCMODE == libc::O_RDONLY {
@@ -89,11 +178,30 @@ impl Shared {
     }
 
     /// READ of a following node: from its open file while it is being written, else through the caches, in the version it has now.
-    pub(super) async fn read_following(&self, inode: &Arc<Inode>, fh: u64, range: Range<u64>) -> Result<Vec<Bytes>> {
+    pub(super) async fn read_following(
+        &self,
+        inode: &Arc<Inode>,
+        fh: u64,
+        range: Range<u64>,
+    ) -> Result<(Vec<Bytes>, Permit)> {
+        inode.waiting_reads.lock().push(range.clone());
+        let permit = self.node(inode, Mode::Shared).await;
+        {
+            let mut waiting = inode.waiting_reads.lock();
+            if let Some(at) = waiting.iter().position(|r| *r == range) {
+                waiting.swap_remove(at);
+            }
+        }
+        let permit = permit?;
+        let pieces = self.read_now(inode, fh, range, permit.belief).await?;
+        Ok((pieces, permit))
+    }
+
+    async fn read_now(&self, inode: &Arc<Inode>, fh: u64, range: Range<u64>, belief: Belief) -> Result<Vec<Bytes>> {
         if let Some(file) = self.uncached(inode) {
             return Ok(vec![file.read(range).await?]);
         }
-        for _ in 0..2 {
+        for _ in 0..VERSIONS_MAX {
             let end = range.end.min(inode.size());
             if range.start >= end {
                 return Ok(Vec::new());
@@ -104,7 +212,7 @@ impl Shared {
                 None => self.parts.reader.read(inode, range.start..end, plan).await,
             };
             match outcome {
-                Err(e) if e.is(Kind::Stale) => self.refresh(inode).await?,
+                Err(e) if e.is(Kind::Stale) => self.refresh(inode, belief).await?,
                 other => return other,
             }
         }
@@ -115,9 +223,10 @@ impl Shared {
 
     /// The open file to read from when nothing cached may be used: the node is being written, or was a moment ago.
     fn uncached(&self, inode: &Inode) -> Option<Arc<dyn OpenFile>> {
-        if self.tree().is_ok_and(|t| t.drafts()) {
+        if self.has_drafts() {
             // Versions of objects are exact.
-            return self.files.direct(inode).filter(|f| !f.is_clean());
+            let any = || self.files.any(inode.id);
+            return self.files.direct(inode).or_else(any).filter(|f| !f.is_clean());
         }
         let racy = || inode.is_racy(CLOCK_TICK).then(|| self.files.any(inode.id)).flatten();
         self.files.direct(inode).or_else(racy)
@@ -139,7 +248,7 @@ impl Shared {
     }
 
     /// WRITE. Bytes written: all of them.
-    pub(super) async fn write(&self, handle: &Handle, offset: u64, data: Bytes) -> Result<u32> {
+    pub(super) async fn write(&self, handle: &Handle, offset: u64, data: Bytes, belief: Belief) -> Result<u32> {
         if !handle.writes() {
             return Err(Error::new(Kind::Invalid, "the file is not open for writing"));
         }
@@ -147,13 +256,13 @@ impl Shared {
         let inode = &handle.inode;
         if !handle.appends() {
             let change = inode.begin();
-            change.finish(handle.file.write(offset, data).await?, self.parts.ttl);
+            change.finish(handle.file.write(offset, data).await?, belief.ttl);
             return Ok(len);
         }
         let _only_one = handle.append.lock().await;
         let change = inode.begin();
         let end = handle.file.attr().await?.attr.size;
-        change.finish(handle.file.write(end, data).await?, self.parts.ttl);
+        change.finish(handle.file.write(end, data).await?, belief.ttl);
         if end != offset {
             // The kernel took the bytes for those of another place.
             self.tell(Notification::InvalidateInode { node: inode.id, offset: offset.min(end) as i64, length: 0 });
@@ -162,31 +271,39 @@ impl Shared {
     }
 
     /// FSYNC.
-    pub(super) async fn sync(&self, handle: &Handle, data_only: bool) -> Result<()> {
+    pub(super) async fn sync(&self, handle: &Handle, data_only: bool) -> Result<((), Permit)> {
         if !handle.writes() {
-            return Ok(());
+            return Ok(((), Permit::none()));
         }
+        let permit = self.to_commit(handle).await?;
         let change = handle.inode.begin();
-        change.finish(handle.file.sync(data_only).await?, self.parts.ttl);
-        Ok(())
+        change.finish(handle.file.sync(data_only).await?, permit.belief.ttl);
+        Ok(((), permit))
+    }
+
+    /// To bring what was written to the origin: of drafts that is a change like any other. It needs no end with its lease ([`Permit::within`]): it is conditional on the
+    /// version it was made of.
+    async fn to_commit(&self, handle: &Handle) -> Result<Permit> {
+        if self.has_drafts() && !handle.file.is_clean() { self.to_change(&handle.inode).await } else { Ok(self.all()) }
     }
 
     /// FLUSH: a descriptor was closed.
-    pub(super) async fn close(&self, handle: &Handle) -> Result<()> {
+    pub(super) async fn close(&self, handle: &Handle) -> Result<((), Permit)> {
         if !handle.writes() {
-            return Ok(());
+            return Ok(((), Permit::none()));
         }
+        let permit = self.to_commit(handle).await?;
         let change = handle.inode.begin();
         match handle.file.close().await? {
-            Some(node) => change.finish(node, self.parts.ttl),
+            Some(node) => change.finish(node, permit.belief.ttl),
             None => change.nothing(),
         }
-        Ok(())
+        Ok(((), permit))
     }
 
     /// RELEASE: what was removed while it was open goes now.
     pub(super) async fn release(&self, fh: u64) {
-        if self.tree().is_ok_and(|t| t.drafts())
+        if self.has_drafts()
             && let Ok(handle) = self.files.get(fh)
             && let Err(e) = self.close(&handle).await
         {
@@ -203,7 +320,7 @@ impl Shared {
     }
 
     /// FALLOCATE.
-    pub(super) async fn allocate(&self, handle: &Handle, range: Range<u64>, mode: i32) -> Result<()> {
+    pub(super) async fn allocate(&self, handle: &Handle, range: Range<u64>, mode: i32, belief: Belief) -> Result<()> {
         const KEEP: i32 = libc::FALLOC_FL_KEEP_SIZE;
         const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | KEEP;
         const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE;
@@ -217,17 +334,23 @@ impl Shared {
             _ => return Err(Error::new(Kind::Unsupported, "this way of changing a range is not offered")),
         };
         let change = handle.inode.begin();
-        change.finish(handle.file.allocate(range, how).await?, self.parts.ttl);
+        change.finish(handle.file.allocate(range, how).await?, belief.ttl);
         Ok(())
     }
 
     /// COPY_FILE_RANGE inside the origin.
-    pub(super) async fn copy(&self, from: (&Handle, u64), to: (&Handle, u64), length: u64) -> Result<u32> {
+    pub(super) async fn copy(
+        &self,
+        from: (&Handle, u64),
+        to: (&Handle, u64),
+        length: u64,
+        belief: Belief,
+    ) -> Result<u32> {
         let length = length.min(COPY_BYTES_MAX);
         let change = to.0.inode.begin();
         let range = from.1..from.1 + length;
         let (copied, node) = to.0.file.copy(&*from.0.file, range, to.1).await?;
-        change.finish(node, self.parts.ttl);
+        change.finish(node, belief.ttl);
         Ok(copied as u32)
     }
 

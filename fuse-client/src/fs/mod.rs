@@ -5,29 +5,37 @@
 //! [`change`] those that change names and attributes.
 
 pub mod attr;
+mod belief;
 pub mod change;
 pub mod directory;
 pub mod errno;
 mod io;
 pub mod open;
-mod refresh;
+mod recall;
+pub mod refresh;
 mod requests;
 
 use crate::kernel::{Answer, AttrOut, DirReply, EntryOut, Errno, NodeAttr, Notification, OpenOut, Reply, Session};
+use crate::lease::{self, Leases};
 use crate::namespace::listing::Listing;
-use crate::namespace::{Inode, Namespace, Seen};
+use crate::namespace::{Inode, Namespace, ROOT_ID, Seen};
 use crate::read::Reader;
 use crate::read::source::DataSource;
 use attr::Ownership;
+use belief::{Beliefs, Permit};
 use bytes::Bytes;
 use change::PARKED_PREFIX;
 use directory::{Directories, Found};
 use efc_backend::tree::DynTree;
+use efc_client::lease::Who;
+use efc_client::master::MasterClient;
+use efc_common::lease::Mode;
 use efc_common::node::{Attr, FileKind, Node};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use open::OpenFiles;
 use parking_lot::Mutex;
+use recall::FsHolder;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
@@ -36,6 +44,9 @@ use tracing::{debug, info, warn};
 
 /// A file's attributes never change under its node, so the kernel may keep them as long as it likes.
 const FILE_ATTR_TTL: Duration = Duration::from_secs(30 * 86400);
+/// How long the end of a mount waits for an origin that does not take what was written, and how often it is tried.
+const LAST_PATIENCE: Duration = Duration::from_secs(120);
+const LAST_PAUSE: Duration = Duration::from_secs(2);
 /// Preferred I/O size told to applications, bytes.
 const IO_BYTES: u32 = 1 << 20;
 /// Positions of a directory: `.`, `..`, then the entries by index.
@@ -59,6 +70,18 @@ pub struct Parts {
     pub ttl: Duration,
     /// Owner of the tasks that answer requests.
     pub tasks: TaskGroup,
+    /// Leases decide what is believed, by these masters; `None`: the `ttl` alone does.
+    pub strict: Option<Strict>,
+}
+
+/// What leases need.
+pub struct Strict {
+    /// The masters.
+    pub master: MasterClient,
+    /// Whose session it is.
+    pub who: Who,
+    /// How long an operation waits for a lease before it fails.
+    pub deadline: Duration,
 }
 
 /// The file system of one mount.
@@ -74,12 +97,20 @@ struct Shared {
     open_dirs: Mutex<HashMap<u64, Arc<Listing>>>,
     files: OpenFiles,
     next_handle: AtomicU64,
+    beliefs: Option<Beliefs>,
 }
 
 impl EfcFs {
     /// The file system; its waiting answers run on `runtime`.
-    pub fn new(parts: Parts, runtime: tokio::runtime::Handle) -> Self {
-        let shared = Shared {
+    pub fn new(mut parts: Parts, runtime: tokio::runtime::Handle) -> Self {
+        let strict = parts.strict.take();
+        let shared = Arc::new_cyclic(|shared| Shared {
+            beliefs: strict.map(|s| {
+                let _entered = runtime.enter();
+                let holder = Arc::new(FsHolder::new(shared.clone()));
+                let leases = Leases::start(s.master, s.who, lease::Config::default(), holder, &parts.tasks);
+                Beliefs::new(leases, parts.source.id(), parts.source.path_locators(), s.deadline)
+            }),
             parts,
             runtime,
             session: OnceLock::new(),
@@ -87,8 +118,36 @@ impl EfcFs {
             files: OpenFiles::default(),
             // Handles of a predecessor's open directories are not ours; starting elsewhere keeps them apart.
             next_handle: AtomicU64::new((std::process::id() as u64) << 32 | 1),
-        };
-        EfcFs { shared: Arc::new(shared) }
+        });
+        EfcFs { shared }
+    }
+
+    /// The mount ends and its kernel session is over: what is not at the origin yet is brought there, then leases go back.
+    ///
+    /// # Errors
+    /// What keeps changes from the origin after [`LAST_PATIENCE`]; they are lost.
+    pub async fn end(&self, patience: Duration) -> Result<()> {
+        let begun = Instant::now();
+        let mut settled = Ok(());
+        if let Some(tree) = &self.shared.parts.tree {
+            settled = tree.settle_all().await;
+            while let Err(e) = &settled
+                && begun.elapsed() < LAST_PATIENCE
+            {
+                warn!(error = %e, "files are not at the origin yet; they are tried again before the mount's process ends");
+                tokio::time::sleep(LAST_PAUSE).await;
+                settled = tree.settle_all().await;
+            }
+        }
+        if let Some(beliefs) = &self.shared.beliefs {
+            beliefs.leases.close(patience).await;
+        }
+        settled
+    }
+
+    /// Leases that are held and operations that wait or run, on mounts that have leases.
+    pub fn leases(&self) -> Option<lease::Counts> {
+        self.shared.beliefs.as_ref().map(|b| b.leases.counts())
     }
 
     /// Gives the file system the way to tell the kernel that something changed. To be called once, when the session runs.
@@ -111,7 +170,7 @@ impl EfcFs {
         self.shared.parts.tasks.spawn(make(self.shared.clone()));
     }
 
-    /// Answers what concerns one node in a task of the mount.
+    /// Answers what concerns one node in a task of the mount. What `work` gives beside the answer is kept until that was written.
     fn answer<T, F>(
         &self,
         operation: &'static str,
@@ -120,18 +179,23 @@ impl EfcFs {
         work: impl FnOnce(Arc<Shared>, Arc<Inode>) -> F + Send + 'static,
     ) where
         T: Answer + Send + 'static,
-        F: Future<Output = Result<T>> + Send + 'static,
+        F: Future<Output = Result<(T, Permit)>> + Send + 'static,
     {
         let inode = match self.inode(node) {
             Ok(i) => i,
             Err(e) => return reply.error(errno_of(&e)),
         };
         self.spawn(|s| async move {
-            let outcome = work(s, inode.clone()).await;
-            reply.end(outcome.map_err(|e| {
-                log(operation, &inode, &e);
-                errno_of(&e)
-            }));
+            match work(s, inode.clone()).await {
+                Ok((answer, permit)) => {
+                    reply.ok(answer);
+                    drop(permit);
+                }
+                Err(e) => {
+                    log(operation, &inode, &e);
+                    reply.error(errno_of(&e));
+                }
+            }
         });
     }
 
@@ -144,7 +208,7 @@ impl EfcFs {
         work: impl FnOnce(Arc<Shared>, Arc<Inode>) -> F + Send + 'static,
     ) where
         T: Answer + Send + 'static,
-        F: Future<Output = Result<T>> + Send + 'static,
+        F: Future<Output = Result<(T, Permit)>> + Send + 'static,
     {
         if self.shared.parts.tree.is_none() {
             return reply.error(Errno::EROFS);
@@ -206,15 +270,38 @@ impl Shared {
     }
 
     /// Interns an entry that is being sent to the kernel.
-    fn entry(&self, dir: &Arc<Inode>, name: &Bytes, node: &Node, seen: Seen) -> (Arc<Inode>, EntryOut) {
-        let (inode, moved) = self.parts.namespace.intern(dir, name, node, seen);
+    fn entry(
+        &self,
+        permit: &Permit,
+        dir: &Arc<Inode>,
+        (name, node): (&Bytes, &Node),
+        seen: Seen,
+    ) -> (Arc<Inode>, EntryOut) {
+        let believed = self.believes_entry(permit, dir, (name, node), seen.since);
+        let of_attr = if believed { seen } else { seen.doubted() };
+        let (inode, moved) = self.parts.namespace.intern(dir, name, node, of_attr);
         if moved {
             self.pages_are_old(&inode);
         }
-        let entry_ttl = left(seen.fresh_until);
+        if let Some(beliefs) = self.beliefs.as_ref().filter(|_| believed) {
+            inode.placed.store(true, Ordering::Release);
+            // So that a directory which is leased already is found by its key.
+            drop(beliefs.own(&self.parts.namespace, &inode));
+        }
+        let entry_ttl = self.name_ttl(seen);
         let (attr, attr_ttl) = self.attr_and_ttl(&inode, entry_ttl);
+        let attr_ttl = if believed { attr_ttl } else { Duration::ZERO };
         let entry = EntryOut { node: inode.id, generation: 0, attr, entry_ttl, attr_ttl };
         (inode, entry)
+    }
+
+    /// How long the kernel may believe a name. Without epochs a name under a lease could not be dropped while somebody works in its directory.
+    fn name_ttl(&self, seen: Seen) -> Duration {
+        let session = self.session.get().and_then(Weak::upgrade);
+        if self.beliefs.is_some() && session.is_none_or(|s| !s.notifier().has_epoch()) {
+            return Duration::ZERO;
+        }
+        left(seen.fresh_until)
     }
 
     /// Attributes for the kernel and how long it may believe them; `dir_ttl` is what a directory of a read-only mount gets.
@@ -228,10 +315,10 @@ impl Shared {
         (self.node_attr(inode.id, &now.attr), ttl)
     }
 
-    fn found(&self, dir: &Arc<Inode>, name: &Bytes, found: Found) -> EntryOut {
+    fn found(&self, permit: &Permit, dir: &Arc<Inode>, name: &Bytes, found: Found) -> EntryOut {
         match found.node {
-            Some(node) => self.entry(dir, name, &node, found.seen).1,
-            None => EntryOut { entry_ttl: left(found.seen.fresh_until), ..EntryOut::default() },
+            Some(node) => self.entry(permit, dir, (name, &node), found.seen).1,
+            None => EntryOut { entry_ttl: self.name_ttl(found.seen), ..EntryOut::default() },
         }
     }
 
@@ -244,21 +331,34 @@ impl Shared {
         inode.kind != FileKind::Directory || self.parts.source.shared_listing()
     }
 
-    async fn getattr(&self, inode: &Arc<Inode>) -> Result<AttrOut> {
-        if self.parts.namespace.follows() {
-            self.refresh(inode).await?;
-        } else {
+    async fn getattr(&self, inode: &Arc<Inode>) -> Result<(AttrOut, Permit)> {
+        let permit = match self.node(inode, Mode::Shared).await {
+            // It was there when its name was looked up, and others have removed it since: as any file system tells of what has no name any more.
+            Err(e)
+                if matches!(e.kind(), Kind::NotFound | Kind::Stale)
+                    && self.beliefs.is_some()
+                    && inode.id != ROOT_ID =>
+            {
+                let attr = Attr { nlink: 0, ..inode.attr() };
+                let gone = AttrOut { attr: self.node_attr(inode.id, &attr), ttl: Duration::ZERO };
+                return Ok((gone, Permit::none()));
+            }
+            permit => permit?,
+        };
+        if !self.parts.namespace.follows() {
             let fresh = self.parts.source.getattr(&inode.locator()).await?;
             if fresh.attr.kind == FileKind::Directory {
                 inode.set_attr(fresh.attr);
             }
+        } else if self.beliefs.is_none() {
+            self.refresh(inode, permit.belief).await?;
         }
-        Ok(self.attr_out(inode))
+        Ok((self.attr_out(inode, &permit), permit))
     }
 
-    fn attr_out(&self, inode: &Inode) -> AttrOut {
+    fn attr_out(&self, inode: &Inode, permit: &Permit) -> AttrOut {
         let (attr, ttl) = self.attr_and_ttl(inode, self.parts.ttl);
-        AttrOut { attr, ttl }
+        AttrOut { attr, ttl: if permit.is_doubtful() { Duration::ZERO } else { ttl } }
     }
 
     /// Tells the kernel without waiting.
@@ -276,7 +376,9 @@ impl Shared {
         OpenOut { fh, flags: 0 }
     }
 
+    /// Fills a page of a directory. What is still true of its listing goes out with attributes.
     fn fill(&self, dir: &Arc<Inode>, listing: &Listing, offset: u64, mut reply: DirReply) {
+        let permit = self.is_continuous(dir, listing.seen().since);
         let parent = dir.dentry().map_or(dir.id, |d| d.parent.id);
         let seen = listing.seen();
         // `.` and `..` give a number and a type only: node 0 tells the kernel that they are no look-ups.
@@ -300,8 +402,8 @@ impl Shared {
                 break;
             }
             let whole = self.parts.directories.complete_now(&e.node);
-            let entry = match &whole {
-                Some(node) if reply.plus() => self.entry(dir, &e.name, node, seen).1,
+            let entry = match (&whole, &permit) {
+                (Some(node), Some(permit)) if reply.plus() => self.entry(permit, dir, (&e.name, node), seen).1,
                 // Without attributes the number is a hint; the look-up that follows gives the node.
                 _ => EntryOut {
                     attr: NodeAttr { ino: u64::MAX, mode: type_hint(&e.node, whole.as_ref()), ..NodeAttr::default() },

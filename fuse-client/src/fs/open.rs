@@ -119,6 +119,14 @@ impl OpenFiles {
         self.tables.lock().nodes.get(&node).map(|n| n.file.clone())
     }
 
+    /// Nodes that may be written to, with the open files that do it.
+    pub fn writers(&self) -> Vec<(Arc<Inode>, Arc<dyn OpenFile>)> {
+        let t = self.tables.lock();
+        let mut seen = std::collections::HashSet::new();
+        let writers = t.handles.values().filter(|h| h.writes() && seen.insert(h.inode.id));
+        writers.filter_map(|h| Some((h.inode.clone(), t.nodes.get(&h.inode.id)?.file.clone()))).collect()
+    }
+
     /// Is it open?
     pub fn is_open(&self, node: u64) -> bool {
         self.tables.lock().nodes.contains_key(&node)

@@ -1,9 +1,11 @@
-//! `efc-fuse refresh PATH`: what is remembered below a path is forgotten, so that the next look sees what others changed at the origin, without waiting for the ttl.
+//! What people ask of a mount itself. `efc-fuse dirty`: which files wait for the store. `efc-fuse refresh PATH`: what is remembered below a path is forgotten, so that the next look sees what others changed at the origin, without waiting for the ttl.
 
 use super::{EfcFs, Shared};
 use crate::kernel::Notification;
 use crate::namespace::Inode;
+use efc_backend::tree::Pending;
 use efc_common::{Error, Kind, Result};
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::Weak;
 use std::time::Duration;
@@ -19,6 +21,34 @@ impl EfcFs {
     pub async fn forget_below(&self, path: &[u8]) -> Result<usize> {
         self.shared.forget_below(path).await
     }
+
+    /// Files with changes that the origin has not, after the changes of `discard` were given up.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`]: that file has none; [`Kind::Unsupported`] on a read-only mount.
+    pub async fn dirty(&self, discard: Option<&str>) -> Result<Vec<Dirty>> {
+        let tree = self.shared.tree()?;
+        if let Some(path) = discard {
+            tree.discard(path.trim_start_matches('/').as_bytes()).await?;
+            self.shared.forget_below(path.as_bytes()).await?;
+        }
+        let shown =
+            |p: Pending| Dirty { path: String::from_utf8_lossy(&p.path).into_owned(), bytes: p.bytes, error: p.error };
+        let mut files: Vec<Dirty> = tree.pending().into_iter().map(shown).collect();
+        files.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(files)
+    }
+}
+
+/// A file with changes that the origin has not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dirty {
+    /// Path below the mountpoint.
+    pub path: String,
+    /// Length, bytes.
+    pub bytes: u64,
+    /// Why it could not be brought there.
+    pub error: Option<String>,
 }
 
 impl Shared {

@@ -1,17 +1,19 @@
 //! The kernel's requests: which function answers each, on which thread. What needs no waiting is answered at once.
 
+use super::belief::Permit;
 use super::change::{self, At};
 use super::io::{regular, seek_by_size};
 use super::{EfcFs, errno_of, log};
 use crate::kernel::{
     AttrOut, Caller, CreateOut, DirReply, EntryOut, Errno, FileSystem, LseekOut, Negotiated, OpenOut, ReadReply, Reply,
-    SetAttr, StatfsOut, WriteOut, XattrReply,
+    SetAttr, StatfsOut, WriteAt, WriteOut, XattrReply,
 };
 use crate::namespace::Inode;
 use crate::namespace::listing::Listing;
 use bytes::Bytes;
 use efc_backend::FsStats;
 use efc_backend::tree::{New, NewNode};
+use efc_common::lease::Mode;
 use efc_common::node::FileKind;
 use efc_common::{Error, Kind, Result};
 use std::ops::Range;
@@ -30,12 +32,15 @@ impl FileSystem for EfcFs {
             Err(e) => return reply.error(errno_of(&e)),
         };
         let name = Bytes::copy_from_slice(name);
-        if let Some(found) = self.shared.parts.directories.find_cached(&dir, &name) {
-            return reply.ok(self.shared.found(&dir, &name, found));
+        if let Some(permit) = self.shared.quick_names(&dir)
+            && let Some(found) = self.shared.parts.directories.find_cached(&dir, &name)
+        {
+            return reply.ok(self.shared.found(&permit, &dir, &name, found));
         }
         self.answer("lookup", parent, reply, |s, dir| async move {
-            let found = s.parts.directories.find(&dir, &name).await?;
-            Ok(s.found(&dir, &name, found))
+            let permit = s.names(&dir).await?;
+            let found = s.parts.directories.find(&dir, &name, permit.belief).await?;
+            Ok((s.found(&permit, &dir, &name, found), permit))
         });
     }
 
@@ -44,11 +49,16 @@ impl FileSystem for EfcFs {
     }
 
     fn getattr(&self, _ctx: &Caller, node: u64, reply: Reply<AttrOut>) {
-        match self.inode(node) {
-            Ok(inode) if self.shared.attr_is_known(&inode) => reply.ok(self.shared.attr_out(&inode)),
-            Ok(_) => self.answer("getattr", node, reply, |s, inode| async move { s.getattr(&inode).await }),
-            Err(e) => reply.error(errno_of(&e)),
+        let inode = match self.inode(node) {
+            Ok(inode) => inode,
+            Err(e) => return reply.error(errno_of(&e)),
+        };
+        if self.shared.attr_is_known(&inode)
+            && let Some(permit) = self.shared.quick_node(&inode)
+        {
+            return reply.ok(self.shared.attr_out(&inode, &permit));
         }
+        self.answer("getattr", node, reply, |s, inode| async move { s.getattr(&inode).await });
     }
 
     fn setattr(&self, _ctx: &Caller, node: u64, set: &SetAttr, reply: Reply<AttrOut>) {
@@ -60,7 +70,8 @@ impl FileSystem for EfcFs {
         match self.inode(node) {
             Ok(i) if i.kind != FileKind::Symlink => reply.error(Errno::EINVAL),
             _ => self.answer("readlink", node, reply, |s, inode| async move {
-                s.parts.source.readlink(&inode.locator()).await
+                let permit = s.node(&inode, Mode::Shared).await?;
+                Ok((s.parts.source.readlink(&inode.locator()).await?, permit))
             }),
         }
     }
@@ -149,15 +160,24 @@ impl FileSystem for EfcFs {
             Err(errno) => return reply.error(errno),
         };
         let range = offset..offset + size as u64;
-        if self.read_only() {
+        if !self.shared.parts.namespace.follows() {
             return self.read_version(inode, range, reply);
         }
-        if let Some(pieces) = self.shared.read_ready(&inode, range.clone()) {
-            return reply.slices(&pieces);
+        if let Some(permit) = self.shared.quick_node(&inode)
+            && let Some(pieces) = self.shared.read_ready(&inode, range.clone())
+        {
+            reply.slices(&pieces);
+            return drop(permit);
         }
         self.spawn(|s| async move {
-            match s.read_following(&inode, fh, range).await {
-                Ok(pieces) => reply.slices(&pieces),
+            match s.read_following(&inode, fh, range.clone()).await {
+                Ok((pieces, permit)) => {
+                    reply.slices(&pieces);
+                    if permit.passing {
+                        // The kernel has it as a page now; it is told before what was passed by is given back.
+                        s.drop_pages(&inode, range).await;
+                    }
+                }
                 Err(e) => {
                     log("read", &inode, &e);
                     reply.error(errno_of(&e));
@@ -166,10 +186,13 @@ impl FileSystem for EfcFs {
         });
     }
 
-    fn write(&self, _ctx: &Caller, node: u64, fh: u64, offset: u64, data: &[u8], _flags: i32, reply: Reply<WriteOut>) {
+    fn write(&self, _ctx: &Caller, node: u64, fh: u64, at: WriteAt, data: &[u8], reply: Reply<WriteOut>) {
         let data = Bytes::copy_from_slice(data);
-        self.change("write", node, reply, move |s, _| async move {
-            Ok(WriteOut(s.write(&*s.files.get(fh)?, offset, data).await?))
+        self.change("write", node, reply, move |s, inode| async move {
+            let permit = if at.from_cache { s.written_back(&inode).await? } else { s.to_change(&inode).await? };
+            let handle = s.files.get(fh)?;
+            let written = permit.within(s.write(&handle, at.offset, data, permit.belief)).await?;
+            Ok((WriteOut(written), permit))
         });
     }
 
@@ -196,7 +219,10 @@ impl FileSystem for EfcFs {
 
     fn fallocate(&self, _ctx: &Caller, node: u64, fh: u64, offset: u64, length: u64, mode: i32, reply: Reply<()>) {
         self.change("fallocate", node, reply, move |s, _| async move {
-            s.allocate(&*s.files.get(fh)?, offset..offset + length, mode).await
+            let handle = s.files.get(fh)?;
+            let permit = s.to_change(&handle.inode).await?;
+            permit.within(s.allocate(&handle, offset..offset + length, mode, permit.belief)).await?;
+            Ok(((), permit))
         });
     }
 
@@ -210,7 +236,12 @@ impl FileSystem for EfcFs {
     ) {
         self.change("copy_file_range", to.0, reply, move |s, _| async move {
             let (source, target) = (s.files.get(from.1)?, s.files.get(to.1)?);
-            Ok(WriteOut(s.copy((&*source, from.2), (&*target, to.2), length).await?))
+            // What others have of the source that is not at the origin yet comes there now.
+            drop(s.node(&source.inode, Mode::Shared).await?);
+            let permit = s.to_change(&target.inode).await?;
+            let copying = s.copy((&*source, from.2), (&*target, to.2), length, permit.belief);
+            let copied = permit.within(copying).await?;
+            Ok((WriteOut(copied), permit))
         });
     }
 
@@ -219,12 +250,15 @@ impl FileSystem for EfcFs {
             Ok(i) => i,
             Err(e) => return reply.error(errno_of(&e)),
         };
-        if let Some(listing) = self.shared.parts.directories.snapshot(&dir) {
+        if let Some(_permit) = self.shared.quick_names(&dir)
+            && let Some(listing) = self.shared.parts.directories.snapshot(&dir)
+        {
             return reply.ok(self.shared.open_dir(listing));
         }
         self.answer("opendir", node, reply, |s, dir| async move {
-            let listing = s.parts.directories.list(&dir).await?;
-            Ok(s.open_dir(listing))
+            let permit = s.names(&dir).await?;
+            let listing = s.parts.directories.list(&dir, permit.belief).await?;
+            Ok((s.open_dir(listing), permit))
         });
     }
 
@@ -235,14 +269,23 @@ impl FileSystem for EfcFs {
         };
         let listing = self.shared.open_dirs.lock().get(&fh).cloned();
         // From the start again (rewinddir) shows what has changed since.
-        let current = |l: &Arc<Listing>| offset > 0 || self.shared.parts.directories.is_current(&dir, l.seen().asked);
+        let current = |l: &Arc<Listing>| {
+            let seen = l.seen();
+            offset > 0
+                || self.shared.parts.directories.is_current(&dir, seen.asked)
+                    && self.shared.is_continuous(&dir, seen.since).is_some()
+        };
         if let Some(listing) = listing.filter(current) {
             return self.shared.fill(&dir, &listing, offset, reply);
         }
         // Or a directory that a predecessor process opened: its snapshot is gone, today's takes its place.
         self.spawn(|s| async move {
-            match s.parts.directories.list(&dir).await {
-                Ok(listing) => {
+            let listed = async {
+                let permit = s.names(&dir).await?;
+                Ok((s.parts.directories.list(&dir, permit.belief).await?, permit))
+            };
+            match listed.await {
+                Ok((listing, _permit)) => {
                     s.open_dirs.lock().insert(fh, listing.clone());
                     s.fill(&dir, &listing, offset, reply);
                 }
@@ -263,25 +306,27 @@ impl FileSystem for EfcFs {
         self.answer("statfs", node, reply, |s, _| async move {
             // The longest name an object key can give, or a file system of Linux.
             let name_max = if s.parts.source.shared_listing() { 1024 } else { 255 };
-            Ok(statfs_out(&s.parts.source.statfs().await?, name_max))
+            Ok((statfs_out(&s.parts.source.statfs().await?, name_max), Permit::none()))
         });
     }
 
     fn setxattr(&self, _ctx: &Caller, node: u64, name: &[u8], value: &[u8], flags: i32, reply: Reply<()>) {
         let (name, value) = (Bytes::copy_from_slice(name), Bytes::copy_from_slice(value));
         self.change("setxattr", node, reply, move |s, inode| async move {
-            let set = s.tree()?.set_xattr(&inode.locator(), &name, &value, flags).await;
+            let permit = s.to_change(&inode).await?;
+            let set = permit.within(s.tree()?.set_xattr(&inode.locator(), &name, &value, flags)).await;
             inode.expire();
-            set
+            set.map(|()| ((), permit))
         });
     }
 
     fn removexattr(&self, _ctx: &Caller, node: u64, name: &[u8], reply: Reply<()>) {
         let name = Bytes::copy_from_slice(name);
         self.change("removexattr", node, reply, move |s, inode| async move {
-            let removed = s.tree()?.remove_xattr(&inode.locator(), &name).await;
+            let permit = s.to_change(&inode).await?;
+            let removed = permit.within(s.tree()?.remove_xattr(&inode.locator(), &name)).await;
             inode.expire();
-            removed
+            removed.map(|()| ((), permit))
         });
     }
 

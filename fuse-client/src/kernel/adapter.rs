@@ -22,7 +22,7 @@ use super::conn::Conn;
 use super::init::{InitRecord, InitRequest};
 use super::metrics::Op;
 use super::reply::{DirReply, ReadReply, Reply, Slot, XattrReply};
-use super::types::{Caller, SetAttr, SetTime};
+use super::types::{Caller, SetAttr, SetTime, WriteAt};
 
 /// The kernel's mark on a request that it sends a second time.
 const RESENT: u64 = 1 << 63;
@@ -253,12 +253,13 @@ impl fuser::Filesystem for Adapter {
         fh: FileHandle,
         offset: u64,
         data: &[u8],
-        _write_flags: fuser::WriteFlags,
-        flags: OpenFlags,
+        write_flags: fuser::WriteFlags,
+        _flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: fuser::ReplyWrite,
     ) {
-        self.run(req, Op::Write, reply, |fs, c, s| fs.write(c, ino.0, fh.0, offset, data, flags.0, Reply::new(s)));
+        let at = WriteAt { offset, from_cache: write_flags.contains(fuser::WriteFlags::FUSE_WRITE_CACHE) };
+        self.run(req, Op::Write, reply, |fs, c, s| fs.write(c, ino.0, fh.0, at, data, Reply::new(s)));
     }
 
     fn flush(

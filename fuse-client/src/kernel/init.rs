@@ -152,7 +152,8 @@ impl InitRequest {
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_MAX_PAGES
             | InitFlags::FUSE_HAS_RESEND
-            | InitFlags::FUSE_HAS_EXPIRE_ONLY;
+            | InitFlags::FUSE_HAS_EXPIRE_ONLY
+            | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
         flags.set(InitFlags::FUSE_DO_READDIRPLUS, config.readdirplus);
         flags.set(InitFlags::FUSE_NO_OPEN_SUPPORT, config.no_open);
         flags.set(InitFlags::FUSE_NO_OPENDIR_SUPPORT, config.no_opendir);

@@ -213,8 +213,8 @@ pub trait FileSystem: Send + Sync + 'static {
     }
 
     /// Writes `data` at `offset`. `data` lives in the thread's request buffer: copy it to answer later.
-    fn write(&self, ctx: &Caller, node: u64, fh: u64, offset: u64, data: &[u8], flags: i32, reply: Reply<WriteOut>) {
-        let _ = (ctx, node, fh, offset, data, flags);
+    fn write(&self, ctx: &Caller, node: u64, fh: u64, at: WriteAt, data: &[u8], reply: Reply<WriteOut>) {
+        let _ = (ctx, node, fh, at, data);
         reply.error(Errno::EROFS);
     }
 

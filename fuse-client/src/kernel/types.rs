@@ -165,6 +165,15 @@ pub mod open_flags {
     pub const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 }
 
+/// Where a WRITE goes, and what it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WriteAt {
+    /// First byte.
+    pub offset: u64,
+    /// Pages that were changed through a mapping; the kernel holds them until they are written.
+    pub from_cache: bool,
+}
+
 /// Answer to CREATE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CreateOut {

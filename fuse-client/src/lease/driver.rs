@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use efc_client::lease::{LeaseLink, News, Who};
 use efc_client::master::MasterClient;
 use efc_common::id::Incarnation;
-use efc_common::lease::{Moment, Scope, Want};
+use efc_common::lease::{GrantNumber, Moment, Scope, Want};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use parking_lot::Mutex;
@@ -47,8 +47,8 @@ pub enum Under {
 
 struct Inner {
     keeper: Keeper,
-    /// They hear how they may run, and in which life.
-    waiters: HashMap<OpId, oneshot::Sender<Result<(How, u64)>>>,
+    /// They hear how they may run.
+    waiters: HashMap<OpId, oneshot::Sender<Result<Admitted>>>,
     ops: u64,
     /// The life that the link speaks in.
     life: Option<Incarnation>,
@@ -62,6 +62,8 @@ struct Shared {
     link: LeaseLink,
     holder: Arc<dyn Holder>,
     tasks: TaskGroup,
+    /// Guards are given back on threads of the kernel session too.
+    runtime: tokio::runtime::Handle,
     workers: Semaphore,
     /// A guard was given back while the mount ends.
     idle: Notify,
@@ -76,7 +78,13 @@ pub struct Leases {
 enum Permit {
     Quick(Option<Guard>),
     Op(OpId),
-    Uncached,
+}
+
+/// What an operation hears that may run.
+struct Admitted {
+    how: How,
+    life: u64,
+    newest: GrantNumber,
 }
 
 /// Permission of an operation to run. Recalls wait until it is dropped.
@@ -84,13 +92,14 @@ enum Permit {
 pub struct LeaseGuard {
     shared: Arc<Shared>,
     permit: Permit,
-    until: Moment,
+    how: How,
     /// In which it was given.
     life: u64,
+    newest: GrantNumber,
 }
 
 impl Leases {
-    /// Opens a session with the masters and keeps it, in tasks of `tasks`. Operations wait until there is one.
+    /// Opens a session with the masters and keeps it, in tasks of `tasks` on the runtime it is called in. Operations wait until there is one.
     pub fn start(master: MasterClient, who: Who, config: Config, holder: Arc<dyn Holder>, tasks: &TaskGroup) -> Leases {
         let (link, news) = LeaseLink::start(master, who, tasks);
         link.open();
@@ -102,6 +111,7 @@ impl Leases {
             link,
             holder,
             tasks: tasks.clone(),
+            runtime: tokio::runtime::Handle::current(),
             workers: Semaphore::new(WORKERS),
             idle: Notify::new(),
         });
@@ -135,28 +145,38 @@ impl Leases {
         };
         let answer = (&mut wait.answer).await;
         wait.over = true;
-        let (how, life) = answer.map_err(|_| closed())??;
-        let (permit, until) = match how {
-            How::Believed { until } => (Permit::Op(wait.op), until),
-            How::Uncached => (Permit::Uncached, Moment::ZERO),
-        };
-        Ok(LeaseGuard { shared: self.shared.clone(), permit, until, life })
+        let Admitted { how, life, newest } = answer.map_err(|_| closed())??;
+        Ok(LeaseGuard { shared: self.shared.clone(), permit: Permit::Op(wait.op), how, life, newest })
     }
 
     /// Permission for one need, if it is held already: no waiting, no message.
     pub fn try_guard(&self, need: &Want) -> Option<LeaseGuard> {
+        self.try_guard_since(need, None)
+    }
+
+    /// Permission for one need, if it is held without a gap since `since` was the newest grant: what was known then is still true.
+    pub fn try_guard_since(&self, need: &Want, since: Option<GrantNumber>) -> Option<LeaseGuard> {
         let mut inner = self.shared.inner.lock();
         if inner.closed {
             return None;
         }
         let guard = inner.keeper.try_admit(self.shared.now(), need)?;
-        let (until, life) = (inner.keeper.believed_until(), inner.keeper.lives());
-        Some(LeaseGuard { shared: self.shared.clone(), permit: Permit::Quick(Some(guard)), until, life })
+        let (how, known) =
+            (How::Believed { until: inner.keeper.believed_until() }, since.is_none_or(|n| guard.since() <= n));
+        let (life, newest) = (inner.keeper.lives(), inner.keeper.newest());
+        drop(inner);
+        let guard = LeaseGuard { shared: self.shared.clone(), permit: Permit::Quick(Some(guard)), how, life, newest };
+        known.then_some(guard)
     }
 
     /// Until when what is held may be believed; in the past: not at all.
     pub fn believed_until(&self) -> Instant {
         self.shared.base + self.shared.inner.lock().keeper.believed_until()
+    }
+
+    /// Is just this scope leased (a file: apart from its directory)?
+    pub fn has(&self, scope: &Scope) -> bool {
+        self.shared.inner.lock().keeper.has(scope)
     }
 
     /// How much there is.
@@ -192,7 +212,7 @@ fn closed() -> Error {
 struct Wait {
     shared: Arc<Shared>,
     op: OpId,
-    answer: oneshot::Receiver<Result<(How, u64)>>,
+    answer: oneshot::Receiver<Result<Admitted>>,
     over: bool,
 }
 
@@ -227,6 +247,7 @@ impl Shared {
     }
 
     fn carry_out(self: &Arc<Self>, inner: &mut Inner, effects: Vec<Effect>) {
+        let _entered = self.runtime.enter();
         for effect in effects {
             match effect {
                 Effect::Send(ask) => {
@@ -237,8 +258,8 @@ impl Shared {
                 }
                 // An answer that nobody takes is given back by the one who waited, see `Wait`.
                 Effect::Admit { op, how } => {
-                    let life = inner.keeper.lives();
-                    drop(inner.waiters.remove(&op).map(|w| w.send(Ok((how, life)))));
+                    let (life, newest) = (inner.keeper.lives(), inner.keeper.newest());
+                    drop(inner.waiters.remove(&op).map(|w| w.send(Ok(Admitted { how, life, newest }))));
                 }
                 Effect::Fail { op, why } => {
                     let error = match why {
@@ -320,16 +341,38 @@ async fn listen(shared: Arc<Shared>, mut news: mpsc::Receiver<News>) {
 impl LeaseGuard {
     /// How the operation may run.
     pub fn how(&self) -> Under {
-        match self.permit {
-            Permit::Uncached => Under::Uncached,
-            Permit::Quick(_) | Permit::Op(_) => Under::Believed { until: self.shared.base + self.until },
+        match self.how {
+            How::Uncached => Under::Uncached,
+            How::Believed { until } => Under::Believed { until: self.shared.base + until },
         }
+    }
+
+    /// Returns when what it permits may no longer be done: belief has ended and was not prolonged in time. Never for what runs uncached.
+    pub async fn ended(&self) {
+        if self.how == How::Uncached {
+            return std::future::pending().await;
+        }
+        loop {
+            let until = {
+                let inner = self.shared.inner.lock();
+                if inner.keeper.lives() == self.life { inner.keeper.believed_until() } else { Moment::ZERO }
+            };
+            if until <= self.shared.now() {
+                return;
+            }
+            tokio::time::sleep_until(self.shared.base + until).await;
+        }
+    }
+
+    /// The newest grant of the mount when it was given.
+    pub fn newest(&self) -> GrantNumber {
+        self.newest
     }
 
     /// May what was read under it be remembered? False when belief has ended meanwhile. To be asked before it is dropped, and remembered
     /// before that too.
     pub fn holds(&self) -> bool {
-        if matches!(self.permit, Permit::Uncached) {
+        if self.how == How::Uncached {
             return false;
         }
         let inner = self.shared.inner.lock();
@@ -349,7 +392,6 @@ impl Drop for LeaseGuard {
                 self.shared.carry_out(&mut inner, effects);
             }
             Permit::Op(op) => self.shared.feed(&mut inner, Event::Done { op: *op }),
-            Permit::Uncached => {}
         }
         if inner.closed {
             self.shared.idle.notify_one();

@@ -6,7 +6,7 @@
 
 use super::room::{Cover, Question, Room, RoomKey};
 use efc_common::id::Incarnation;
-use efc_common::lease::{Ask, Mode, Moment, RequestId, Scope, Tell, Times, Want};
+use efc_common::lease::{Ask, GrantNumber, Mode, Moment, RequestId, Scope, Tell, Times, Want};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
@@ -88,7 +88,7 @@ pub enum Event {
         /// Everything it needs, at once.
         needs: Vec<Want>,
     },
-    /// An operation that was admitted as [`How::Believed`] has ended.
+    /// An operation that was admitted has ended.
     Done {
         /// Which.
         op: OpId,
@@ -126,7 +126,8 @@ pub enum How {
         /// When belief ends, if no renewal prolongs it.
         until: Moment,
     },
-    /// Past everything that is remembered, to the origin; nothing of it may be remembered. There is nothing to tell when it has ended.
+    /// Past everything that is remembered, to the origin; nothing of it may be remembered after [`Event::Done`]. What it passes by is not
+    /// released before.
     Uncached,
 }
 
@@ -194,7 +195,15 @@ pub enum Effect {
 pub struct Guard {
     want: Want,
     cover: Cover,
+    since: GrantNumber,
     life: u64,
+}
+
+impl Guard {
+    /// The grant since which nobody else can have changed what it covers.
+    pub fn since(&self) -> GrantNumber {
+        self.since
+    }
 }
 
 /// How much there is, for metrics.
@@ -254,6 +263,10 @@ pub struct Keeper {
     pub(super) claim_next: Moment,
     pub(super) rooms: HashMap<RoomKey, Room>,
     pub(super) ops: BTreeMap<OpId, Op>,
+    /// Readers that went past leases on their way back: which; none of a life that is over.
+    pub(super) passing: HashMap<OpId, Option<Vec<(Scope, RecallId)>>>,
+    /// The highest grant that was believed.
+    pub(super) newest: GrantNumber,
     pub(super) waiting: usize,
     /// Operations that wait for a session.
     pub(super) homeless: VecDeque<OpId>,
@@ -282,6 +295,8 @@ impl Keeper {
             claim_next: Moment::ZERO,
             rooms: HashMap::new(),
             ops: BTreeMap::new(),
+            passing: HashMap::new(),
+            newest: GrantNumber::default(),
             waiting: 0,
             homeless: VecDeque::new(),
             running: 0,
@@ -301,10 +316,14 @@ impl Keeper {
         if let Event::Renewed { incarnation, term, sent } = event {
             self.renewed(now, incarnation, term, sent, out);
         }
+        // Who has given up is not admitted on the way.
+        if let Event::GiveUp { op } = event {
+            self.give_up(now, op, out);
+        }
         self.expire(now, out);
         match event {
             Event::SessionUp { incarnation, term, sent } => self.session_up(now, incarnation, term, sent, out),
-            Event::Renewed { .. } => {}
+            Event::Renewed { .. } | Event::GiveUp { .. } => {}
             Event::SessionRefused { incarnation } if self.life == Life::Up(incarnation) => self.lose(out),
             Event::SessionRefused { .. } => {}
             Event::Told { incarnation, tell } if self.life == Life::Up(incarnation) => self.told(now, tell, out),
@@ -314,8 +333,8 @@ impl Keeper {
                 if let Some(op) = self.ops.remove(&op) {
                     self.give_back(now, op.guards, out);
                 }
+                self.passed(now, op, out);
             }
-            Event::GiveUp { op } => self.give_up(now, op, out),
             Event::Flushed { recall, scope } => self.flushed(now, recall, &scope, out),
             Event::Dropped { recall, what: What::Scope(scope) } => self.dropped(now, recall, &scope, out),
             Event::Dropped { recall, what: What::All } => self.dropped_all(recall, out),
@@ -336,6 +355,11 @@ impl Keeper {
         self.lives
     }
 
+    /// The highest grant so far. What is covered by a later one may have been changed by others since.
+    pub fn newest(&self) -> GrantNumber {
+        self.newest
+    }
+
     /// Until when what is held may be believed.
     pub fn believed_until(&self) -> Moment {
         match self.life {
@@ -344,9 +368,15 @@ impl Keeper {
         }
     }
 
+    /// Is just this scope leased (a file: apart from its directory)?
+    pub fn has(&self, scope: &Scope) -> bool {
+        self.rooms.get(&RoomKey::of(scope)).and_then(|r| r.lease(scope)).is_some_and(|l| l.held.is_some())
+    }
+
     /// How much there is.
     pub fn counts(&self) -> Counts {
-        Counts { leases: self.leases, waiting: self.waiting, running: self.running + self.running_old }
+        let running = self.running + self.running_old + self.passing.values().flatten().count();
+        Counts { leases: self.leases, waiting: self.waiting, running }
     }
 
     /// Admits an operation with one need at once, if that is covered.
@@ -355,11 +385,11 @@ impl Keeper {
             return None;
         }
         let room = self.rooms.get_mut(&RoomKey::of(&need.scope))?;
-        let cover = room.cover(need)?;
+        let (cover, since) = room.cover(need)?;
         room.count(need, cover, true);
         room.used = now;
         self.running += 1;
-        Some(Guard { want: need.clone(), cover, life: self.lives })
+        Some(Guard { want: need.clone(), cover, since, life: self.lives })
     }
 
     /// Takes a guard back. False: what was read under it may not be remembered, because belief ended meanwhile.
@@ -411,6 +441,9 @@ impl Keeper {
         if !matches!(self.life, Life::Up(_)) {
             self.homeless.push_back(id);
             self.ops.insert(id, op);
+            if matches!(self.life, Life::Ending { drop: Some(_), .. }) {
+                self.pass_homeless(out);
+            }
             return;
         }
         while let Some((key, needs)) = op.needs.get(op.pinned) {
@@ -426,16 +459,63 @@ impl Keeper {
             self.ops.insert(id, op);
             return out.push(Effect::Admit { op: id, how: How::Believed { until: self.believed_until() } });
         }
-        if op.only_reads() && op.needs[op.pinned..].iter().any(|n| self.is_leaving(n)) {
+        if op.only_reads() && op.needs[op.pinned..].iter().any(|n| self.may_pass(n)) {
             return self.pass_by(now, id, op, out);
         }
         self.park(now, id, op, out);
     }
 
-    fn pass_by(&mut self, now: Moment, id: OpId, op: Op, out: &mut Vec<Effect>) {
+    /// Lets a reader go past what is on its way back: it must not wait, because the kernel may hold pages for it that the drop waits for.
+    pub(super) fn pass_by(&mut self, now: Moment, id: OpId, op: Op, out: &mut Vec<Effect>) {
+        let mut passed = Vec::new();
+        for (key, needs) in &op.needs[op.pinned..] {
+            let Some(room) = self.rooms.get_mut(key) else { continue };
+            let leaving: Vec<Scope> = needs.iter().flat_map(|n| room.leaving(n)).collect();
+            for scope in leaving {
+                if let Some(recall) = &mut room.lease_mut(&scope).recall {
+                    recall.passing += 1;
+                    passed.push((scope, recall.id));
+                }
+            }
+        }
+        self.passing.insert(id, Some(passed));
         self.waiting -= 1;
         out.push(Effect::Admit { op: id, how: How::Uncached });
         self.give_back(now, op.guards, out);
+    }
+
+    /// A reader has gone past.
+    fn passed(&mut self, now: Moment, id: OpId, out: &mut Vec<Effect>) {
+        match self.passing.remove(&id) {
+            Some(Some(passed)) => {
+                for (scope, recall) in passed {
+                    if let Some(recall) = self.recall_mut(recall, &scope) {
+                        recall.passing -= 1;
+                        self.release(now, &scope, out);
+                    }
+                }
+            }
+            Some(None) => {
+                self.running_old = self.running_old.saturating_sub(1);
+                self.old_guard_gone(out);
+            }
+            None => {}
+        }
+    }
+
+    /// While everything is being dropped, readers that have no session go past what was believed.
+    pub(super) fn pass_homeless(&mut self, out: &mut Vec<Effect>) {
+        for id in std::mem::take(&mut self.homeless) {
+            if !self.only_reads(id) {
+                self.homeless.push_back(id);
+                continue;
+            }
+            self.ops.remove(&id);
+            self.waiting -= 1;
+            self.running_old += 1;
+            self.passing.insert(id, None);
+            out.push(Effect::Admit { op: id, how: How::Uncached });
+        }
     }
 
     fn guard_all(&mut self, now: Moment, key: &RoomKey, needs: &[Want]) -> Option<Vec<Guard>> {
@@ -443,11 +523,11 @@ impl Keeper {
             return None;
         }
         let room = self.rooms.get_mut(key)?;
-        let covers: Option<Vec<Cover>> = needs.iter().map(|n| room.cover(n)).collect();
+        let covers: Option<Vec<(Cover, GrantNumber)>> = needs.iter().map(|n| room.cover(n)).collect();
         room.used = now;
-        let guards = needs.iter().zip(covers?).map(|(need, cover)| {
+        let guards = needs.iter().zip(covers?).map(|(need, (cover, since))| {
             room.count(need, cover, true);
-            Guard { want: need.clone(), cover, life: self.lives }
+            Guard { want: need.clone(), cover, since, life: self.lives }
         });
         let guards: Vec<Guard> = guards.collect();
         self.running += guards.len();
@@ -554,13 +634,16 @@ impl Keeper {
         self.ops.get(&id).is_some_and(Op::only_reads)
     }
 
-    /// Does a waiting operation need something that is on its way back?
+    /// Does a waiting operation need something that is on its way back and can still be passed by?
     pub(super) fn meets_recall(&self, id: OpId) -> bool {
-        self.ops.get(&id).is_some_and(|op| op.needs[op.pinned..].iter().any(|n| self.is_leaving(n)))
+        self.ops.get(&id).is_some_and(|op| op.needs[op.pinned..].iter().any(|n| self.may_pass(n)))
     }
 
-    fn is_leaving(&self, (key, needs): &(RoomKey, Vec<Want>)) -> bool {
-        self.rooms.get(key).is_some_and(|r| needs.iter().any(|n| r.is_leaving(n)))
+    fn may_pass(&self, (key, needs): &(RoomKey, Vec<Want>)) -> bool {
+        let Some(room) = self.rooms.get(key) else { return false };
+        let dropped = |s: &Scope| room.lease(s).and_then(|l| l.recall.as_ref()).is_some_and(|r| r.dropped);
+        let mut leaving = needs.iter().flat_map(|n| room.leaving(n)).peekable();
+        leaving.peek().is_some() && !leaving.any(|s| dropped(&s))
     }
 
     /// After everything was lost: nobody who waits has anything.

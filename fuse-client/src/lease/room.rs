@@ -12,6 +12,8 @@ use std::collections::{BTreeMap, VecDeque};
 pub(super) struct Held {
     pub(super) mode: Mode,
     pub(super) number: GrantNumber,
+    /// The grant since which nobody else can have changed anything that is covered now.
+    pub(super) since: GrantNumber,
 }
 
 /// A lease on its way back.
@@ -23,6 +25,9 @@ pub(super) struct Recall {
     pub(super) flushing: bool,
     pub(super) flushed: bool,
     pub(super) dropping: bool,
+    pub(super) dropped: bool,
+    /// Readers that go past it, and that it is not released before.
+    pub(super) passing: usize,
 }
 
 /// Running operations by mode.
@@ -65,8 +70,9 @@ impl Lease {
         self.recall.as_ref().is_some_and(|r| !(r.keep_shared && mode == Mode::Shared))
     }
 
-    fn serves(&self, mode: Mode) -> bool {
-        self.held.is_some_and(|h| h.mode.covers(mode)) && !self.refuses(mode)
+    /// Since which grant it does.
+    fn serves(&self, mode: Mode) -> Option<GrantNumber> {
+        self.held.filter(|h| h.mode.covers(mode) && !self.refuses(mode)).map(|h| h.since)
     }
 }
 
@@ -126,31 +132,44 @@ impl Room {
         self.lease.held.is_some() && !self.without.contains_key(file)
     }
 
-    /// How a need is covered now; none: it is not.
-    pub(super) fn cover(&self, want: &Want) -> Option<Cover> {
+    /// How a need is covered now, and since which grant; none: it is not.
+    pub(super) fn cover(&self, want: &Want) -> Option<(Cover, GrantNumber)> {
         let Scope::File(_, file) = &want.scope else {
-            return self.lease.serves(want.mode).then_some(Cover::Own);
+            return self.lease.serves(want.mode).map(|n| (Cover::Own, n));
         };
         let own = self.files.get(file);
         if own.is_some_and(|l| l.refuses(want.mode)) {
             return None;
         }
-        if own.is_some_and(|l| l.serves(want.mode)) {
-            return Some(Cover::Own);
+        if let Some(since) = own.and_then(|l| l.serves(want.mode)) {
+            return Some((Cover::Own, since));
         }
-        (self.has_file(file) && self.lease.serves(want.mode)).then_some(Cover::Dir)
+        self.lease.serves(want.mode).filter(|_| self.has_file(file)).map(|n| (Cover::Dir, n))
+    }
+
+    /// The leases that would cover this need and are on their way back.
+    pub(super) fn leaving(&self, want: &Want) -> Vec<Scope> {
+        let mut leaving = Vec::new();
+        let mut whole = true;
+        if let Scope::File(_, file) = &want.scope {
+            let own = self.files.get(file);
+            if own.is_some_and(|l| l.refuses(want.mode)) {
+                leaving.push(want.scope.clone());
+            }
+            whole = own.is_none_or(|l| l.held.is_none());
+        }
+        if whole && self.lease.refuses(want.mode) {
+            leaving.push(match &want.scope {
+                Scope::File(dir, _) => Scope::Dir(dir.clone()),
+                other => other.clone(),
+            });
+        }
+        leaving
     }
 
     /// Is what would cover this need on its way back?
     pub(super) fn is_leaving(&self, want: &Want) -> bool {
-        match &want.scope {
-            Scope::File(_, file) => {
-                let own = self.files.get(file);
-                own.is_some_and(|l| l.refuses(want.mode))
-                    || own.is_none_or(|l| l.held.is_none()) && self.lease.refuses(want.mode)
-            }
-            _ => self.lease.refuses(want.mode),
-        }
+        !self.leaving(want).is_empty()
     }
 
     /// Counts a guard in or out.

@@ -123,8 +123,13 @@ impl Keeper {
         self.leases = 0;
         self.bound = None;
         self.strand();
+        let old = self.running_old > 0;
+        for passed in self.passing.values_mut() {
+            self.running_old += usize::from(passed.take().is_some());
+        }
         let drop = self.drop_all(out);
-        self.life = Life::Ending { incarnation, drop: Some(drop), again: self.running_old > 0 };
+        self.life = Life::Ending { incarnation, drop: Some(drop), again: old };
+        self.pass_homeless(out);
     }
 
     fn drop_all(&mut self, out: &mut Vec<Effect>) -> RecallId {
@@ -150,6 +155,7 @@ impl Keeper {
         if again {
             let drop = Some(self.drop_all(out));
             self.life = Life::Ending { incarnation, drop, again: false };
+            self.pass_homeless(out);
             return;
         }
         self.life = Life::None;

@@ -108,9 +108,13 @@ fn a_recall_waits_for_guards_then_flushes_drops_and_releases() {
     let [Effect::Flush { recall, .. }] = out[..] else { panic!("{out:?}") };
     let dropping = s.on(Event::Flushed { recall, scope: scope.clone() });
     assert_eq!(dropping, [Effect::Drop { recall, what: What::Scope(scope.clone()) }]);
-    let released = s.on(Event::Dropped { recall, what: What::Scope(scope.clone()) });
+    let dropped = s.on(Event::Dropped { recall, what: What::Scope(scope.clone()) });
+    assert_eq!(dropped, [], "the reader is still going past it");
+    assert_eq!(s.want(vec![Want::read(a)]).1, [], "who comes now waits");
+    let released = s.on(Event::Done { op: OpId(2) });
     assert_eq!(released[0], Effect::Send(Ask::Release { scope, number: number(1), keep_shared: false }));
-    assert!(matches!(&released[1..], [Effect::Send(Ask::Acquire { .. })]), "now it asks");
+    let asks = |e: &Effect| matches!(e, Effect::Send(Ask::Acquire { .. }));
+    assert!(released.len() == 3 && released[1..].iter().all(asks), "now they ask: {released:?}");
 }
 
 #[test]
@@ -173,9 +177,11 @@ fn belief_ends_by_the_time_the_renewal_was_sent() {
     let mut out = Vec::new();
     assert!(!s.keeper.done(s.now, guard, &mut out), "not to be remembered");
     let [Effect::Drop { recall, what: What::All }] = out[..] else { panic!("{out:?}") };
-    let (_, waits) = s.want(vec![want]);
-    assert_eq!(waits, []);
-    let lost = s.on(Event::Dropped { recall, what: What::All });
+    let (passing, out) = s.want(vec![want.clone()]);
+    assert_eq!(admitted(&out), [(passing.0, false)], "the drop may wait for a reader's pages");
+    assert_eq!(s.on(Event::Dropped { recall, what: What::All }), []);
+    assert_eq!(s.want(vec![want]).1, [], "nothing is dropped any more: who comes now waits");
+    let lost = s.on(Event::Done { op: passing });
     assert_eq!(lost, [Effect::SessionLost { incarnation: Incarnation(1) }]);
     let sent = s.now;
     let asks = s.on(Event::SessionUp { incarnation: Incarnation(2), term: 1, sent });

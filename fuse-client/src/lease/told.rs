@@ -4,9 +4,10 @@
 //! The way back: new guards are refused; when those that change have gone, changes are flushed; then either shared is kept, or when the readers
 //! have gone too, everything is dropped and the lease released. Nothing here waits: each step ends in an event that leads to the next.
 
-use super::keeper::{Effect, How, Keeper, OpId, RecallId, What};
+use super::keeper::{Effect, Keeper, OpId, RecallId, What};
 use super::room::{Held, Recall, Room, RoomKey};
 use efc_common::lease::{Ask, FileKey, GrantNumber, Mode, Moment, Reason, RequestId, Scope, Tell, Want};
+use std::collections::HashSet;
 
 /// A grant as it came.
 struct Grant {
@@ -62,8 +63,9 @@ impl Keeper {
             out.push(Effect::Send(Ask::Release { scope, number, keep_shared: false }));
             return self.tidy(&key);
         }
-        let losing = room.take(&scope, Held { mode, number }, exceptions);
+        let losing = room.take(&scope, Held { mode, number, since: number }, exceptions);
         room.used = now;
+        self.newest = self.newest.max(number);
         if had.is_none() {
             self.leases += 1;
         }
@@ -141,7 +143,16 @@ impl Keeper {
                 recall.keep_shared &= keep_shared;
             }
             none => {
-                *none = Some(Recall { id, number, keep_shared, flushing: false, flushed: false, dropping: false });
+                *none = Some(Recall {
+                    id,
+                    number,
+                    keep_shared,
+                    flushing: false,
+                    flushed: false,
+                    dropping: false,
+                    dropped: false,
+                    passing: 0,
+                });
             }
         }
         self.advance(now, scope, out);
@@ -165,7 +176,7 @@ impl Keeper {
         }
     }
 
-    fn recall_mut(&mut self, id: RecallId, scope: &Scope) -> Option<&mut Recall> {
+    pub(super) fn recall_mut(&mut self, id: RecallId, scope: &Scope) -> Option<&mut Recall> {
         let room = self.rooms.get_mut(&RoomKey::of(scope))?;
         room.lease(scope)?;
         room.lease_mut(scope).recall.as_mut().filter(|r| r.id == id)
@@ -208,14 +219,25 @@ impl Keeper {
         if let Some(held) = &mut room.lease_mut(scope).held {
             // The recall may mean a newer grant that is still under way, which must not make it exclusive again.
             let number = held.number.max(number);
-            *held = Held { mode: Mode::Shared, number };
+            *held = Held { mode: Mode::Shared, number, ..*held };
             out.push(Effect::Send(Ask::Release { scope: scope.clone(), number, keep_shared: true }));
         }
         self.wake(now, &key, out);
     }
 
     pub(super) fn dropped(&mut self, now: Moment, id: RecallId, scope: &Scope, out: &mut Vec<Effect>) {
-        let Some(recall) = self.recall_mut(id, scope).filter(|r| r.dropping) else { return };
+        if let Some(recall) = self.recall_mut(id, scope).filter(|r| r.dropping) {
+            recall.dropped = true;
+            self.release(now, scope, out);
+        }
+    }
+
+    /// Gives a lease back whose copies are dropped, unless a reader still goes past it.
+    pub(super) fn release(&mut self, now: Moment, scope: &Scope, out: &mut Vec<Effect>) {
+        let lease = self.rooms.get(&RoomKey::of(scope)).and_then(|r| r.lease(scope));
+        let Some(recall) = lease.and_then(|l| l.recall.as_ref()).filter(|r| r.dropped && r.passing == 0) else {
+            return;
+        };
         let number = recall.number;
         let key = RoomKey::of(scope);
         let Some(room) = self.rooms.get_mut(&key) else { return };
@@ -243,9 +265,9 @@ impl Keeper {
     fn pass_if_reader(&mut self, now: Moment, op: OpId, out: &mut Vec<Effect>) {
         if self.waits(op) && self.only_reads(op) {
             self.unpin(now, op, out);
-            self.ops.remove(&op);
-            self.waiting -= 1;
-            out.push(Effect::Admit { op, how: How::Uncached });
+            if let Some(waits) = self.ops.remove(&op) {
+                self.pass_by(now, op, waits, out);
+            }
         }
     }
 
@@ -271,16 +293,23 @@ impl Room {
     }
 
     /// Believes a grant; gives the files that it no longer covers and that were believed as part of the directory.
-    fn take(&mut self, scope: &Scope, held: Held, exceptions: Vec<FileKey>) -> Vec<FileKey> {
+    fn take(&mut self, scope: &Scope, mut held: Held, exceptions: Vec<FileKey>) -> Vec<FileKey> {
         let number = held.number;
+        let known = self.lease(scope).and_then(|l| l.held);
         let had = self.lease.held.is_some();
         match scope {
             Scope::File(_, file) => {
+                held.since = known.map_or(number, |h| h.since);
                 self.without.insert(file.clone(), number);
                 self.lease_mut(scope).held = Some(held);
                 return Vec::new();
             }
-            _ => self.lease.held = Some(held),
+            _ => {
+                let excepted: HashSet<&FileKey> = exceptions.iter().collect();
+                let joins = self.without.iter().any(|(file, n)| *n < number && !excepted.contains(file));
+                held.since = known.filter(|_| !joins).map_or(number, |h| h.since);
+                self.lease.held = Some(held);
+            }
         }
         let own = |room: &Room, f: &FileKey| room.files.get(f).is_some_and(|l| l.held.is_some());
         let was_believed: Vec<FileKey> =

@@ -10,6 +10,7 @@ use efc_common::node::{Attr, FileKind, Node};
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Changes of a node that are under way.
@@ -19,6 +20,17 @@ pub(super) struct Changes {
     overlapped: bool,
     /// When the last one ended.
     ended: Option<Instant>,
+}
+
+/// What became of an answer of the origin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Update {
+    /// A change of our own may be newer.
+    Refused,
+    /// It is the version that was known.
+    Kept,
+    /// The version moved: pages of the file are old.
+    Moved,
 }
 
 /// A change of a node that is under way; dropping it unfinished (the change failed) leaves the attributes to be asked for anew.
@@ -121,20 +133,25 @@ impl Inode {
         Change { inode: self.clone(), finished: false }
     }
 
-    /// Takes over what the origin says, unless a change of our own is newer. True if the version moved.
-    pub(super) fn update(&self, node: &Node, seen: Seen) -> bool {
+    /// Takes over what the origin says, unless a change of our own may be newer.
+    pub(super) fn update(&self, node: &Node, seen: Seen) -> Update {
         let changes = self.changes.lock();
-        if changes.running > 0 || changes.ended.is_some_and(|t| seen.asked <= t) {
-            return false;
+        if changes.ended.is_some_and(|t| seen.asked <= t) {
+            return Update::Refused;
         }
         let mut now = self.now.write();
+        // While a change runs it may be in this answer or not: good enough where nothing better is known.
+        if changes.running > 0 && now.fresh_until > Instant::now() {
+            return Update::Refused;
+        }
+        let fresh_until = if changes.running > 0 { seen.asked } else { seen.fresh_until };
         let moved = now.version != node.version;
         let same = !moved && now.attr == node.attr && now.locator == node.locator;
-        if !same || seen.fresh_until > now.fresh_until {
+        if !same || fresh_until > now.fresh_until {
             let node = Node { locator: now.locator.clone(), ..node.clone() };
-            *now = Content::new(node, seen.fresh_until);
+            *now = Content::new(node, fresh_until);
         }
-        moved
+        if moved { Update::Moved } else { Update::Kept }
     }
 
     /// Was it changed here less than `pause` ago? Clocks of file systems are coarse: two changes within one tick can give one version, so content is kept under a
@@ -143,7 +160,14 @@ impl Inode {
         self.changes.lock().ended.is_some_and(|t| t.elapsed() < pause)
     }
 
-    fn relocate(&self, locator: Bytes) {
+    /// Has it the number that the origin gives to what `node` says?
+    pub fn has_number(&self, node: &Node) -> bool {
+        let fileid = self.now.read().attr.fileid;
+        fileid != 0 && fileid == node.attr.fileid && self.kind == node.attr.kind
+    }
+
+    /// It is found there from now on.
+    pub fn relocate(&self, locator: Bytes) {
         let mut now = self.now.write();
         let node = Node { locator, version: now.version.clone(), attr: now.attr.clone() };
         *now = Content::new(node, now.fresh_until);
@@ -160,23 +184,48 @@ impl Inode {
         let node = Node { locator: now.locator.clone(), version: now.version.clone(), attr: now.attr.clone() };
         *now = Content::new(node, Instant::now());
     }
+
+    /// Its lease goes: nothing of it may be believed any more.
+    pub fn doubt(&self) {
+        self.placed.store(false, Ordering::Release);
+        self.expire();
+    }
 }
 
 impl Namespace {
-    /// Takes over what the origin says of a following node. True if its version moved, so that pages of it are old.
-    pub fn refresh(&self, inode: &Arc<Inode>, node: &Node, seen: Seen) -> bool {
-        let moved = inode.update(node, seen);
+    /// Takes over what the origin says of a following node.
+    pub fn refresh(&self, inode: &Arc<Inode>, node: &Node, seen: Seen) -> Update {
+        let update = inode.update(node, seen);
         self.note_links(inode, &node.attr);
-        moved
+        update
     }
 
-    /// The node that has another name of the file `node`.
+    /// The name by which a node was known leads elsewhere now, by others' doing. It is found again when its file is looked up by its new name.
+    pub fn lose(&self, inode: &Arc<Inode>) {
+        let Some(d) = inode.dentry() else { return };
+        inode.names.lock().remove(&d.parent, &d.name);
+        if let Some(dir) = &d.parent.dir {
+            let mut children = dir.children.lock();
+            if children.get(&d.name) == Some(&inode.id) {
+                children.remove(&d.name);
+            }
+        }
+        let fileid = inode.attr().fileid;
+        if inode.is_nameless() {
+            inode.lost.store(true, Ordering::Release);
+            if fileid != 0 {
+                self.linked.lock().insert(fileid, inode.id);
+            }
+        }
+    }
+
+    /// The node that has another name of the file `node`, or had one that was lost.
     pub(super) fn other_name(&self, node: &Node) -> Option<Arc<Inode>> {
-        if !self.follows() || node.attr.nlink < 2 || node.attr.kind == FileKind::Directory || node.attr.fileid == 0 {
+        if !self.follows() || node.attr.kind == FileKind::Directory || node.attr.fileid == 0 {
             return None;
         }
         let id = *self.linked.lock().get(&node.attr.fileid)?;
-        self.get(id).filter(|i| i.kind == node.attr.kind)
+        self.get(id).filter(|i| i.kind == node.attr.kind && (node.attr.nlink > 1 || i.is_lost()))
     }
 
     /// Remembers a file that has several names.

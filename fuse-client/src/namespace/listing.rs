@@ -11,24 +11,23 @@ pub struct Listing {
     entries: Vec<Entry>,
     /// Version given by the worker; 0 when the origin was asked directly.
     pub version: u64,
-    asked: Instant,
-    fresh_until: Instant,
+    seen: Seen,
     bytes: u64,
 }
 
 impl Listing {
-    /// A snapshot of `entries` (any order, unique names) for which the origin was asked at `asked` and which may be believed for `ttl` from then on.
-    pub fn new(mut entries: Vec<Entry>, version: u64, asked: Instant, ttl: Duration) -> Self {
+    /// A snapshot of `entries` (any order, unique names) as the origin was seen.
+    pub fn new(mut entries: Vec<Entry>, version: u64, seen: Seen) -> Self {
         entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
         let heap: usize = entries.iter().map(|e| e.name.len() + e.node.locator.len() + e.node.version.len()).sum();
         let bytes = (entries.len() * std::mem::size_of::<Entry>() + heap) as u64;
-        Listing { entries, version, asked, fresh_until: asked + ttl, bytes }
+        Listing { entries, version, seen, bytes }
     }
 
-    /// The same entries, confirmed by the origin at `asked`.
-    pub fn renewed(&self, asked: Instant, ttl: Duration) -> Self {
+    /// The same entries, confirmed by the origin.
+    pub fn renewed(&self, seen: Seen) -> Self {
         let entries = self.entries.clone();
-        Listing { entries, version: self.version, asked, fresh_until: asked + ttl, bytes: self.bytes }
+        Listing { entries, version: self.version, seen, bytes: self.bytes }
     }
 
     /// The entry of a name.
@@ -43,12 +42,12 @@ impl Listing {
 
     /// What the origin's word is worth.
     pub fn seen(&self) -> Seen {
-        Seen { asked: self.asked, fresh_until: self.fresh_until }
+        self.seen
     }
 
     /// How much longer it may be believed; zero when it is too old.
     pub fn freshness(&self) -> Duration {
-        self.fresh_until.saturating_duration_since(Instant::now())
+        self.seen.fresh_until.saturating_duration_since(Instant::now())
     }
 
     /// Approximate heap bytes.
@@ -61,15 +60,20 @@ impl Listing {
 mod tests {
     use super::*;
     use bytes::Bytes;
+    use std::time::Duration;
 
     #[test]
     fn finds_by_name_and_ages() {
         let entry =
             |n: &'static str| Entry { name: Bytes::from_static(n.as_bytes()), node: super::super::tests::file(n, "1") };
-        let l = Listing::new(vec![entry("b"), entry("a"), entry("c-d")], 1, Instant::now(), Duration::from_secs(60));
+        let l = Listing::new(
+            vec![entry("b"), entry("a"), entry("c-d")],
+            1,
+            Seen::at(Instant::now(), Duration::from_secs(60)),
+        );
         assert!(l.find(b"a").is_some() && l.find(b"c-d").is_some() && l.find(b"c").is_none());
         assert_eq!(l.entries()[0].name.as_ref(), b"a");
         assert!(l.freshness() > Duration::from_secs(50));
-        assert_eq!(l.renewed(Instant::now(), Duration::ZERO).freshness(), Duration::ZERO);
+        assert_eq!(l.renewed(Seen::at(Instant::now(), Duration::ZERO)).freshness(), Duration::ZERO);
     }
 }

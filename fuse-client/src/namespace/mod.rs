@@ -16,11 +16,13 @@ pub mod checkpoint;
 pub mod listing;
 
 use bytes::Bytes;
-use change::Changes;
+use change::{Changes, Update};
 use efc_common::id::{ContentId, SourceId};
+use efc_common::lease::{DirKey, GrantNumber};
 use efc_common::node::{Attr, FileKind, Node};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -123,8 +125,14 @@ pub struct Inode {
     stale: AtomicBool,
     /// The kernel may hold pages of an older version: the next open does not keep them.
     pub pages_old: AtomicBool,
+    /// Under leases: it was found under its name, or known by its number, since its lease is held.
+    pub placed: AtomicBool,
+    /// Under leases: others moved it away, and it is not known where to.
+    lost: AtomicBool,
     /// Of a directory.
     pub dir: Option<DirState>,
+    /// Reads that wait for a lease: the kernel holds pages for them, which are empty until they are answered.
+    pub waiting_reads: Mutex<Vec<Range<u64>>>,
     /// Sequential streams over a file, made at the first read.
     pub streams: Mutex<Option<Box<crate::read::stream::Streams>>>,
 }
@@ -137,6 +145,8 @@ pub struct DirState {
     pub refresh: tokio::sync::Mutex<()>,
     /// Listings made before this moment are known to be wrong.
     distrusted: Mutex<Option<Instant>>,
+    /// What it is leased by, and the locator that this was made of.
+    pub lease_key: Mutex<Option<(Bytes, DirKey)>>,
 }
 
 impl DirState {
@@ -178,7 +188,10 @@ impl Inode {
             lookups: AtomicU64::new(lookups),
             stale: AtomicBool::new(false),
             pages_old: AtomicBool::new(false),
+            placed: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
             dir: (kind == FileKind::Directory).then(DirState::default),
+            waiting_reads: Mutex::default(),
             streams: Mutex::new(None),
         }
     }
@@ -244,8 +257,13 @@ impl Inode {
             && !self.stale.load(Ordering::Acquire)
     }
 
+    /// Was it moved away by others, nobody knows where to?
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
     /// Is it the file that `node` says, in whatever version?
-    fn is_file(&self, node: &Node) -> bool {
+    pub fn is_file(&self, node: &Node) -> bool {
         let now = self.now.read();
         self.kind == node.attr.kind && now.locator == node.locator && now.attr.fileid == node.attr.fileid
     }
@@ -263,12 +281,45 @@ pub struct Seen {
     pub asked: Instant,
     /// Until when its word holds.
     pub fresh_until: Instant,
+    /// The newest grant of the mount at that time: what is leased without a gap since then is still so.
+    pub since: GrantNumber,
 }
 
 impl Seen {
     /// Asked at `asked`, believed for `ttl` from then on.
     pub fn at(asked: Instant, ttl: Duration) -> Seen {
-        Seen { asked, fresh_until: asked + ttl }
+        Seen { asked, fresh_until: asked + ttl, since: GrantNumber::default() }
+    }
+
+    /// The same word, not to be believed any longer.
+    pub fn doubted(self) -> Seen {
+        Seen { fresh_until: self.asked, ..self }
+    }
+}
+
+/// How an answer of the origin may be used that is about to be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Belief {
+    /// How long it may be believed; zero: it is not remembered, and nothing remembered is used.
+    pub ttl: Duration,
+    /// How old it may be already, if others asked.
+    pub max_age: Duration,
+    /// The newest grant of the mount, on mounts with leases.
+    pub since: GrantNumber,
+}
+
+impl Belief {
+    /// Of a mount without leases.
+    pub fn for_time(ttl: Duration) -> Belief {
+        Belief { ttl, max_age: ttl, since: GrantNumber::default() }
+    }
+
+    /// Nothing is remembered.
+    pub const NONE: Belief = Belief { ttl: Duration::ZERO, max_age: Duration::ZERO, since: GrantNumber(0) };
+
+    /// What is asked for now.
+    pub fn seen(self) -> Seen {
+        Seen { since: self.since, ..Seen::at(Instant::now(), self.ttl) }
     }
 }
 
@@ -352,7 +403,7 @@ impl Namespace {
             let same = if self.follows() { known.is_file(node) } else { known.is_version(node) };
             if same && known.revive() {
                 let moved = match self.nodes {
-                    Nodes::Follow => self.refresh(&known, node, seen),
+                    Nodes::Follow => self.refresh(&known, node, seen) == Update::Moved,
                     Nodes::Versions => {
                         if known.dir.is_some() {
                             known.set_attr(node.attr.clone());
@@ -371,8 +422,9 @@ impl Namespace {
             && other.revive()
         {
             other.names.lock().add(Dentry { parent: dir.clone(), name: name.clone() });
+            other.lost.store(false, Ordering::Release);
             children.insert(name.clone(), other.id);
-            let moved = self.refresh(&other, node, seen);
+            let moved = self.refresh(&other, node, seen) == Update::Moved;
             return (other, moved);
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
@@ -391,16 +443,20 @@ impl Namespace {
         self.get(id)
     }
 
+    /// The nodes that the kernel knows in a directory.
+    pub fn children(&self, dir: &Inode) -> Vec<Arc<Inode>> {
+        let Some(state) = &dir.dir else { return Vec::new() };
+        let ids: Vec<u64> = state.children.lock().values().copied().collect();
+        ids.into_iter().filter_map(|id| self.get(id)).collect()
+    }
+
     /// A node and everything the kernel knows below it.
     pub fn below(&self, top: &Arc<Inode>) -> Vec<Arc<Inode>> {
         let mut all = vec![top.clone()];
         let mut next = 0;
         while let Some(at) = all.get(next).cloned() {
             next += 1;
-            if let Some(dir) = &at.dir {
-                let children: Vec<u64> = dir.children.lock().values().copied().collect();
-                all.extend(children.into_iter().filter_map(|id| self.get(id)));
-            }
+            all.extend(self.children(&at));
         }
         all
     }
@@ -437,7 +493,8 @@ impl Namespace {
         }
     }
 
-    fn all(&self) -> Vec<Arc<Inode>> {
+    /// All of them, parents before their children.
+    pub fn all(&self) -> Vec<Arc<Inode>> {
         let mut all: Vec<_> = self.shards.iter().flat_map(|s| s.read().values().cloned().collect::<Vec<_>>()).collect();
         all.sort_by_key(|i| i.id);
         all

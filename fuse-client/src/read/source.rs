@@ -3,12 +3,12 @@
 //! The ladder of a read: ring owner, second owner (both inside [`Peers`]), origin. An error ends it only when it is an answer about the
 //! content (the version is gone); everything else is a reason to take the next step.
 
-use crate::namespace::Inode;
 use crate::namespace::listing::Listing;
+use crate::namespace::{Belief, Inode, Seen};
 use bytes::Bytes;
 use efc_backend::{DynBackend, FsStats, ListPage};
 use efc_client::peers::{FileRef, Peers, ReadFlags, ReadStream, Tier};
-use efc_common::id::ContentId;
+use efc_common::id::{ContentId, SourceId};
 use efc_common::metrics::{Counter, counter};
 use efc_common::node::{Entry, Node};
 use efc_common::{Error, Kind, Result};
@@ -16,7 +16,7 @@ use futures::stream::{self, BoxStream, StreamExt};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tracing::{info, warn};
 
 /// Largest directory this process lists by itself, entries.
@@ -137,26 +137,37 @@ impl DataSource {
         }
     }
 
-    /// A directory, believed for `ttl` from the moment the origin was asked, which must not be longer ago than `max_age`.
+    /// Are locators paths?
+    pub fn path_locators(&self) -> bool {
+        self.backend.capabilities().path_locators
+    }
+
+    /// The store's identity.
+    pub fn id(&self) -> SourceId {
+        self.backend.source_id()
+    }
+
+    /// A directory, believed for as long from the moment the origin was asked as `belief` says, but which must not be longer ago than `max_age`.
     ///
     /// # Errors
     /// [`Kind::Exhausted`] for a directory too large to hold; else what workers and origin said.
     pub async fn list(
         &self,
         dir: &Bytes,
-        ttl: Duration,
+        belief: Belief,
         max_age: Duration,
         known: Option<&Listing>,
     ) -> Result<Listing> {
-        let asked = Instant::now();
+        let seen = belief.seen();
         if let Some(peers) = self.peers.as_ref().filter(|_| self.shared_listing()) {
             match peers.list(dir, max_age, known.map_or(0, |k| k.version)).await {
                 Ok(answer) => {
-                    let asked = asked.checked_sub(answer.age).unwrap_or(asked);
+                    let asked = seen.asked.checked_sub(answer.age).unwrap_or(seen.asked);
+                    let seen = Seen { asked, fresh_until: asked + belief.ttl, ..seen };
                     report_hidden(&answer.hidden);
                     return Ok(match known {
-                        Some(known) if answer.unchanged => known.renewed(asked, ttl),
-                        _ => Listing::new(answer.entries, answer.version, asked, ttl),
+                        Some(known) if answer.unchanged => known.renewed(seen),
+                        _ => Listing::new(answer.entries, answer.version, seen),
                     });
                 }
                 Err(e)
@@ -168,8 +179,8 @@ impl DataSource {
                 Err(e) => info!(error = %e, "listing goes past the workers to the origin"),
             }
         }
-        let asked = Instant::now();
-        Ok(Listing::new(self.list_origin(dir).await?, 0, asked, ttl))
+        let seen = belief.seen();
+        Ok(Listing::new(self.list_origin(dir).await?, 0, seen))
     }
 
     async fn list_origin(&self, dir: &Bytes) -> Result<Vec<Entry>> {

@@ -25,7 +25,9 @@ impl Open {
             return Ok(());
         }
         self.core.known.touch_dir(&inner.dir);
-        match self.core.store(inner).await {
+        let stored = self.core.store(inner).await;
+        *self.state.failed.lock() = stored.as_ref().err().map(ToString::to_string);
+        match stored {
             Ok(node) => {
                 self.committed(inner, &node);
                 self.state.show(&self.core, inner);

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
 /// Longest file, bytes: what 1,000 parts of 8 MiB and 9,000 of 64 MiB hold.
 pub(super) const FILE_BYTES_MAX: u64 = (1000 * 8 + 9000 * 64) << 20;
@@ -65,6 +65,12 @@ pub(super) struct FileState {
     shown: Mutex<Shown>,
     /// Changed under the lock of the table of files.
     opens: AtomicUsize,
+    /// It waits to be committed behind its writer.
+    pub(super) queued: AtomicBool,
+    /// How often it was taken down for that.
+    pub(super) closes: AtomicUsize,
+    /// Why it could not be committed the last time.
+    pub(super) failed: Mutex<Option<String>>,
 }
 
 impl FileState {
@@ -103,7 +109,18 @@ impl FileState {
             inner: tokio::sync::Mutex::new(inner),
             shown: Mutex::new(shown),
             opens: AtomicUsize::new(0),
+            queued: AtomicBool::new(false),
+            closes: AtomicUsize::new(0),
+            failed: Mutex::default(),
         })
+    }
+
+    /// Others may change its object: it is asked for at the next use, unless there are changes of it here, which are committed on what they were made of.
+    pub(super) async fn doubt(&self) {
+        let mut inner = self.inner.lock().await;
+        if !inner.is_dirty() && !inner.removed {
+            inner.loaded = false;
+        }
     }
 
     /// Its node as of the last change.
@@ -269,6 +286,21 @@ impl Open {
         Ok(inner.node(&self.core))
     }
 
+    /// Gives all changes up: it is again what the store has. True: that is nothing.
+    pub(super) async fn discard(&self) -> Result<bool> {
+        let mut inner = self.state.inner.lock().await;
+        self.core.drop_stream(&mut inner).await;
+        tracing::warn!(key = %inner.locator.escape_ascii(), "changes of a file are discarded");
+        if inner.base.is_some() {
+            self.load(&mut inner).await?;
+            return Ok(false);
+        }
+        inner.staging.clear();
+        inner.removed = true;
+        self.state.show(&self.core, &inner);
+        Ok(true)
+    }
+
     /// Asks the store.
     pub(super) async fn load(&self, inner: &mut Inner) -> Result<()> {
         let (node, metadata) = self.core.head(&inner.locator).await?;
@@ -287,7 +319,7 @@ impl Open {
             if inner.removed {
                 return Err(Error::new(Kind::Stale, "the file is removed"));
             }
-            self.load(&mut inner).await?;
+            self.load(&mut inner).await.map_err(gone)?;
         }
         Ok(inner)
     }
@@ -308,7 +340,10 @@ impl Open {
             (inner.meta_dirty, inner.changed) = (true, Some(now()));
         }
         self.state.show(&self.core, &inner);
-        if inner.is_dirty() && (!waits || alone && !self.state.is_shared()) {
+        if inner.is_dirty()
+            && (!waits || alone && !self.state.is_shared())
+            && !(alone && self.core.commit_later(&self.state))
+        {
             self.commit(&mut inner).await?;
         }
         Ok(self.state.show(&self.core, &inner))
@@ -372,7 +407,7 @@ impl OpenFile for Open {
     }
 
     async fn close(&self) -> Result<Option<Node>> {
-        if !self.state.is_dirty() {
+        if !self.state.is_dirty() || self.core.commit_later(&self.state) {
             return Ok(None);
         }
         self.sync(false).await.map(Some)

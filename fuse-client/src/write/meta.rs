@@ -37,7 +37,9 @@ impl Knowledge {
             u32::try_from(locator.len() + version.len() + texts + 400).unwrap_or(u32::MAX)
         };
         let builder = Cache::builder().weigher(weigh).max_capacity(KNOWN_BYTES_MAX);
-        Knowledge { cache: builder.time_to_live(ttl.max(Duration::from_secs(1))).build() }
+        Knowledge {
+            cache: builder.time_to_live(ttl.max(Duration::from_secs(1))).support_invalidation_closures().build(),
+        }
     }
 
     pub(super) fn get(&self, locator: &Bytes, version: &Bytes) -> Option<Arc<Known>> {
@@ -52,6 +54,20 @@ impl Knowledge {
     pub(super) fn learn(&self, node: &Node, metadata: &Metadata, there: bool) {
         let known = Known { metadata: metadata.clone(), there };
         self.cache.insert((node.locator.clone(), node.version.clone()), Arc::new(known));
+    }
+
+    /// What is known of `only`, or of everything below `dir`, is asked for again.
+    pub(super) fn forget(&self, dir: &Bytes, only: Option<Bytes>) {
+        let dir = dir.clone();
+        let of = move |(key, _): &(Bytes, Bytes), _: &Arc<Known>| match &only {
+            Some(only) => key == only,
+            None => key.starts_with(&dir),
+        };
+        if let Err(e) = self.cache.invalidate_entries_if(of) {
+            // It was built to be able to.
+            tracing::error!(error = %e, "metadata is not forgotten");
+            self.cache.invalidate_all();
+        }
     }
 
     pub(super) fn forget_dir(&self, locator: &Bytes) {

@@ -2,7 +2,7 @@
 //! of the store that they look at.
 //!
 //! - A file that is being written is a *draft* (`draft`: which bytes, `staging`: where they wait, `file`: its operations). It becomes an object
-//!   at `close` or `fsync` (`commit`); long sequential writes are uploaded behind the writer (`stream`).
+//!   at `close` or `fsync` (`commit`), with write-back soon after `close` (`later`); long sequential writes are uploaded behind the writer (`stream`).
 //! - `names` are the names this mount has changed and listings do not show yet; `meta` is what is known of modes, owners and times.
 //! - `paths` makes, removes and renames; `rename` moves directories, with a journal at the store; `view` is the store as read through all this.
 //!
@@ -12,6 +12,7 @@
 mod commit;
 mod draft;
 mod file;
+mod later;
 mod meta;
 mod names;
 mod paths;
@@ -28,10 +29,12 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use efc_backend::DynBackend;
 use efc_backend::objects::{DynObjects, Metadata, ObjectLimits};
-use efc_backend::tree::{Change, New, NewNode, OpenFile, RenameMode, Tree};
+use efc_backend::tree::{Change, New, NewNode, OpenFile, Pending, RenameMode, Tree};
 use efc_common::node::{FileKind, Node};
+use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use file::{FileState, Open};
+use later::Later;
 use meta::Knowledge;
 use names::Overlay;
 use parking_lot::Mutex;
@@ -43,9 +46,9 @@ use tokio::sync::{OnceCell, Semaphore};
 /// Names at the mount's root that begin so are EFC's own; never shown.
 pub const OWN_PREFIX: &[u8] = b".efc";
 /// Unit of what may be on its way to the store at once, bytes.
-const UPLOAD_UNIT: u64 = 8 << 20;
+const UPLOAD_UNIT: u64 = 1 << 20;
 /// So many of these: 64 MiB.
-const UPLOAD_UNITS: usize = 8;
+const UPLOAD_UNITS: usize = 64;
 /// Version tokens of drafts begin so, which no store's do.
 const DRAFT_VERSION: &[u8] = b"\xffdraft-";
 
@@ -59,6 +62,7 @@ pub(crate) struct Core {
     files: Mutex<HashMap<Bytes, Arc<FileState>>>,
     space: Arc<Space>,
     uploads: Arc<Semaphore>,
+    later: Option<Later>,
     limits: OnceCell<ObjectLimits>,
     instance: u64,
 }
@@ -70,8 +74,16 @@ pub struct ObjectTree {
 }
 
 impl ObjectTree {
-    /// A tree over `objects`, which `backend` reads; `root` is the mounted directory. Names and metadata are believed for `ttl`.
-    pub fn new(objects: DynObjects, backend: DynBackend, root: Bytes, space: Arc<Space>, ttl: Duration) -> ObjectTree {
+    /// A tree over `objects`, which `backend` reads; `root` is the mounted directory. Names and metadata are believed for `ttl`. `later`: owner of the tasks that commit
+    /// closed files behind their writers; `None`: `close` waits for that.
+    pub fn new(
+        objects: DynObjects,
+        backend: DynBackend,
+        root: Bytes,
+        space: Arc<Space>,
+        ttl: Duration,
+        later: Option<TaskGroup>,
+    ) -> ObjectTree {
         let core = Core {
             objects,
             backend,
@@ -81,6 +93,7 @@ impl ObjectTree {
             files: Mutex::default(),
             space,
             uploads: Arc::new(Semaphore::new(UPLOAD_UNITS)),
+            later: later.map(Later::new),
             limits: OnceCell::new(),
             instance: rand::random(),
         };
@@ -225,6 +238,48 @@ impl Tree for ObjectTree {
         }
         let (node, metadata) = self.core.head(&node.locator).await?;
         Ok(meta::apply(node, &metadata))
+    }
+
+    async fn settle(&self, dir: &Bytes, name: Option<&[u8]>) -> Result<()> {
+        self.core.commit_all(self.core.names.drafts_in(dir, name)).await
+    }
+
+    fn pending(&self) -> Vec<Pending> {
+        let pending = |file: Arc<FileState>| {
+            let node = file.node();
+            let path = node.locator.strip_prefix(&self.core.root[..]).unwrap_or(&node.locator);
+            let error = file.failed.lock().clone();
+            Pending { path: Bytes::copy_from_slice(path), bytes: node.attr.size, error }
+        };
+        self.core.names.drafts_below(b"").into_iter().map(pending).collect()
+    }
+
+    async fn discard(&self, path: &[u8]) -> Result<()> {
+        let key = [&self.core.root[..], path].concat();
+        let file = self.core.names.drafts_below(b"").into_iter().find(|f| f.node().locator == key);
+        let file = file.ok_or_else(|| Error::new(Kind::NotFound, "no file of this name has changes that wait"))?;
+        let (dir, name) = split(&file.node().locator);
+        if self.core.open_again(&file).discard().await? {
+            self.core.files.lock().remove(&key[..]);
+            self.core.names.gone(&dir, &name);
+        }
+        Ok(())
+    }
+
+    async fn settle_all(&self) -> Result<()> {
+        self.core.commit_all(self.core.names.drafts_below(b"")).await
+    }
+
+    async fn forget(&self, dir: &Bytes, name: Option<&[u8]>) {
+        let only = name.and_then(|name| self.child(dir, name));
+        self.core.known.forget(dir, only.clone());
+        if name.is_none() {
+            self.core.names.forget(dir);
+        }
+        let files: Vec<_> = self.core.files.lock().iter().map(|(key, file)| (key.clone(), file.clone())).collect();
+        for (_, file) in files.iter().filter(|(key, _)| only.as_ref().map_or(key.starts_with(dir), |o| o == key)) {
+            file.doubt().await;
+        }
     }
 
     async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node> {

@@ -88,6 +88,21 @@ impl Overlay {
         names.filter_map(|(name, c)| Some((name.clone(), c.node(asked)?))).collect()
     }
 
+    /// Others may change the names of this directory now: of what was changed here only drafts are still known.
+    pub(super) fn forget(&self, dir: &[u8]) {
+        if let Some(names) = self.inner.lock().dirs.get_mut(dir) {
+            names.retain(|_, c| matches!(c.now, Now::Draft(_)));
+        }
+    }
+
+    /// The files with changes in this directory (the one of this name).
+    pub(super) fn drafts_in(&self, dir: &[u8], name: Option<&[u8]>) -> Vec<Arc<FileState>> {
+        let inner = self.inner.lock();
+        let names = inner.dirs.get(dir).into_iter().flatten();
+        let drafts = names.filter(|(n, _)| name.is_none_or(|name| name == &n[..]));
+        drafts.filter_map(|(_, c)| if let Now::Draft(file) = &c.now { Some(file.clone()) } else { None }).collect()
+    }
+
     /// Is there a file with changes in this directory or below?
     pub(super) fn drafts_below(&self, prefix: &[u8]) -> Vec<Arc<FileState>> {
         let inner = self.inner.lock();

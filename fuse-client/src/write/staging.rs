@@ -47,6 +47,11 @@ impl Space {
         Arc::new(Space { dir, memory: quota(memory), disk: quota(disk) })
     }
 
+    /// Is half of the memory taken?
+    pub(super) fn is_scarce(&self) -> bool {
+        self.memory.used.load(Relaxed) > self.memory.total / 2
+    }
+
     fn file(&self) -> Result<File> {
         let make = || {
             std::fs::create_dir_all(&self.dir)?;

@@ -42,7 +42,7 @@ async fn another(server: &OssServer, s3: bool, region: &str, dir: &std::path::Pa
     let origin = connect_counted(&spec, Some(&keys)).await.expect("origin");
     let root = origin.backend.root().await.expect("root").locator;
     let space = Space::new(dir.join("staging"), 1 << 20, 1 << 30);
-    ObjectTree::new(origin.objects.expect("objects"), origin.backend, root, space, TTL)
+    ObjectTree::new(origin.objects.expect("objects"), origin.backend, root, space, TTL, None)
 }
 
 fn new(what: New) -> NewNode {

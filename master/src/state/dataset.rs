@@ -151,7 +151,7 @@ mod tests {
                 "{name}"
             );
         }
-        for c in ["", "strict", "ttl=", "ttl=-1"] {
+        for c in ["", "strict=", "ttl=", "ttl=-1"] {
             assert!(check(&dataset("a", c, &[("/", s())])).is_err_and(|e| e.message().contains("consistency")), "{c}");
         }
         for p in ["", "x", "/x/", "//", "/a//b", "/..", "/a/./b", "/a\0"] {
