@@ -174,9 +174,11 @@ fn unpack(plan: &Plan, tool: &Tool, options: &[&str], files: usize) -> Result<Un
     let server = server(plan.latency)?;
     let (m, dir) = mounted(plan, tool, &server, options)?;
     let before: u64 = server.stats().total();
-    let (path, archive) = (m.path().to_path_buf(), tar.clone());
+    // Not at the top: an archive has the owner and times of its `.`, and nobody can give those to the root of a bucket.
+    let (path, archive) = (m.path().join("unpacked"), tar.clone());
     let begun = Instant::now();
     let tar_s = m.on_it(DEADLINE, move || {
+        fs::create_dir(&path)?;
         let mut command = Command::new("tar");
         command.arg("-C").arg(path).arg("-xf").arg(archive);
         run_to_end("tar", command, DEADLINE)?;

@@ -39,6 +39,7 @@ use recall::FsHolder;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 use tracing::{debug, info, warn};
 
@@ -161,13 +162,17 @@ impl EfcFs {
         self.shared.inode(id)
     }
 
-    /// Answers in a task of the mount.
+    /// Answers here what needs no waiting, because handing it to another thread takes longer than doing it; the rest in a task of the mount.
     fn spawn<F>(&self, make: impl FnOnce(Arc<Shared>) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let _entered = self.shared.runtime.enter();
-        self.shared.parts.tasks.spawn(make(self.shared.clone()));
+        let mut work = Box::pin(make(self.shared.clone()));
+        // Nobody is woken by this first look: the task looks again.
+        if work.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
+            self.shared.parts.tasks.spawn(work);
+        }
     }
 
     /// Answers what concerns one node in a task of the mount. What `work` gives beside the answer is kept until that was written.
