@@ -8,12 +8,13 @@ use crate::lease::{LeaseGuard, Leases, Under};
 use crate::namespace::{Belief, Inode, Namespace};
 use bytes::Bytes;
 use efc_common::id::SourceId;
-use efc_common::lease::{DirKey, FileKey, Mode, Scope, Want};
-use efc_common::node::{FileKind, Node};
+use efc_common::lease::{DirKey, FileKey, GrantNumber, Mode, Scope, Want};
+use efc_common::node::{Attr, FileKind, Node};
 use efc_common::{Error, Kind, Result};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// What a request needs may turn out to be something else once it is permitted (a link was made, a directory moved); so often it begins again.
@@ -78,8 +79,10 @@ impl Beliefs {
         DirKey::new(self.source, locator)
     }
 
-    fn link_key(&self, fileid: u64) -> Result<DirKey> {
-        DirKey::new(self.links, &fileid.to_be_bytes())
+    /// The key of a file with several names.
+    fn link_key(&self, attr: &Attr) -> Result<Option<DirKey>> {
+        let several = attr.kind != FileKind::Directory && attr.nlink > 1 && attr.fileid != 0;
+        several.then(|| DirKey::new(self.links, &attr.fileid.to_be_bytes())).transpose()
     }
 
     /// The key of a directory, which is found by it from now on.
@@ -126,9 +129,7 @@ impl Beliefs {
         if inode.is_lost() {
             return Ok(Own::Lost);
         }
-        let now = inode.now();
-        if now.attr.nlink > 1 && now.attr.fileid != 0 {
-            let key = self.link_key(now.attr.fileid)?;
+        if let Some(key) = self.link_key(&inode.now().attr)? {
             self.enter(namespace, &key, inode.id);
             return Ok(Own::Key(key));
         }
@@ -143,8 +144,8 @@ impl Beliefs {
         if node.attr.kind == FileKind::Directory {
             return Ok(Want::read(self.key_of(&node.locator)?));
         }
-        if node.attr.nlink > 1 && node.attr.fileid != 0 {
-            return Ok(Want::read(self.link_key(node.attr.fileid)?));
+        if let Some(key) = self.link_key(&node.attr)? {
+            return Ok(Want::read(key));
         }
         Ok(Want::read_file(dir.clone(), FileKey::new(name.clone())?))
     }
@@ -216,7 +217,7 @@ impl Shared {
 
     /// Are there leases, and has this node to be asked for before it is changed?
     pub(super) fn is_unplaced(&self, inode: &Inode) -> bool {
-        self.beliefs.is_some() && inode.dir.is_none() && !inode.placed.load(std::sync::atomic::Ordering::Acquire)
+        self.beliefs.is_some() && inode.dir.is_none() && !inode.placed.load(Ordering::Acquire)
     }
 
     /// What can be had at once.
@@ -309,7 +310,7 @@ impl Shared {
         permit: &Permit,
         dir: &Inode,
         (name, node): (&Bytes, &Node),
-        since: efc_common::lease::GrantNumber,
+        since: GrantNumber,
     ) -> bool {
         let Some(beliefs) = &self.beliefs else { return true };
         if permit.is_doubtful() {
@@ -327,7 +328,7 @@ impl Shared {
     }
 
     /// Are the names of a listing still those that are there?
-    pub(super) fn is_continuous(&self, dir: &Inode, since: efc_common::lease::GrantNumber) -> Option<Permit> {
+    pub(super) fn is_continuous(&self, dir: &Inode, since: GrantNumber) -> Option<Permit> {
         let Some(beliefs) = &self.beliefs else { return Some(self.all()) };
         let want = Want::read(beliefs.dir(&self.parts.namespace, dir).ok()?);
         let guard = beliefs.leases.try_guard_since(&want, Some(since))?;

@@ -43,7 +43,7 @@ impl Shared {
         let tree = self.tree()?;
         let permit = self.to_make(&at).await?;
         if self.asks_first() && self.is_taken(&at, &permit).await? {
-            return Err(Error::new(Kind::AlreadyExists, "there is something of this name"));
+            return Err(taken());
         }
         let made = permit.within(tree.create(&at.dir.locator(), &at.name, &new)).await;
         self.touched(&at.dir);
@@ -71,7 +71,7 @@ impl Shared {
         let tree = self.tree()?;
         let permit = self.to_change_name(&at).await?;
         let made = match self.asks_first() && self.is_taken(&at, &permit).await? {
-            true => Err(Error::new(Kind::AlreadyExists, "there is something of this name")),
+            true => Err(taken()),
             false => permit.within(tree.create(&at.dir.locator(), &at.name, &new)).await,
         };
         self.touched(&at.dir);
@@ -279,6 +279,10 @@ impl Shared {
         guard.finish(node, permit.belief.ttl);
         Ok((self.attr_out(inode, &permit), permit))
     }
+}
+
+fn taken() -> Error {
+    Error::new(Kind::AlreadyExists, "there is something of this name")
 }
 
 /// Changes of the content go through the open file, so that they keep their order with its writes.

@@ -302,8 +302,8 @@ impl Shared {
 
     /// How long the kernel may believe a name. Without epochs a name under a lease could not be dropped while somebody works in its directory.
     fn name_ttl(&self, seen: Seen) -> Duration {
-        let session = self.session.get().and_then(Weak::upgrade);
-        if self.beliefs.is_some() && session.is_none_or(|s| !s.notifier().has_epoch()) {
+        let has_epoch = || self.session.get().and_then(Weak::upgrade).is_some_and(|s| s.notifier().has_epoch());
+        if self.beliefs.is_some() && !has_epoch() {
             return Duration::ZERO;
         }
         left(seen.fresh_until)

@@ -223,13 +223,18 @@ pub(super) struct Op {
     needs: Vec<(RoomKey, Vec<Want>)>,
     /// So many of them are guarded.
     pinned: usize,
-    guards: Vec<Guard>,
+    pub(super) guards: Vec<Guard>,
     /// Waits there; none: runs, or waits for a session.
     parked: Option<RoomKey>,
     running: bool,
 }
 
 impl Op {
+    /// What it has no guards for yet.
+    pub(super) fn missing(&self) -> &[(RoomKey, Vec<Want>)] {
+        &self.needs[self.pinned..]
+    }
+
     fn only_reads(&self) -> bool {
         self.needs.iter().flat_map(|(_, w)| w).all(|w| w.mode == Mode::Shared)
     }
@@ -412,7 +417,7 @@ impl Keeper {
         now < self.believed_until()
     }
 
-    fn give_back(&mut self, now: Moment, guards: Vec<Guard>, out: &mut Vec<Effect>) {
+    pub(super) fn give_back(&mut self, now: Moment, guards: Vec<Guard>, out: &mut Vec<Effect>) {
         for guard in guards {
             self.done(now, guard, out);
         }
@@ -459,63 +464,10 @@ impl Keeper {
             self.ops.insert(id, op);
             return out.push(Effect::Admit { op: id, how: How::Believed { until: self.believed_until() } });
         }
-        if op.only_reads() && op.needs[op.pinned..].iter().any(|n| self.may_pass(n)) {
+        if op.only_reads() && op.missing().iter().any(|n| self.may_pass(n)) {
             return self.pass_by(now, id, op, out);
         }
         self.park(now, id, op, out);
-    }
-
-    /// Lets a reader go past what is on its way back: it must not wait, because the kernel may hold pages for it that the drop waits for.
-    pub(super) fn pass_by(&mut self, now: Moment, id: OpId, op: Op, out: &mut Vec<Effect>) {
-        let mut passed = Vec::new();
-        for (key, needs) in &op.needs[op.pinned..] {
-            let Some(room) = self.rooms.get_mut(key) else { continue };
-            let leaving: Vec<Scope> = needs.iter().flat_map(|n| room.leaving(n)).collect();
-            for scope in leaving {
-                if let Some(recall) = &mut room.lease_mut(&scope).recall {
-                    recall.passing += 1;
-                    passed.push((scope, recall.id));
-                }
-            }
-        }
-        self.passing.insert(id, Some(passed));
-        self.waiting -= 1;
-        out.push(Effect::Admit { op: id, how: How::Uncached });
-        self.give_back(now, op.guards, out);
-    }
-
-    /// A reader has gone past.
-    fn passed(&mut self, now: Moment, id: OpId, out: &mut Vec<Effect>) {
-        match self.passing.remove(&id) {
-            Some(Some(passed)) => {
-                for (scope, recall) in passed {
-                    if let Some(recall) = self.recall_mut(recall, &scope) {
-                        recall.passing -= 1;
-                        self.release(now, &scope, out);
-                    }
-                }
-            }
-            Some(None) => {
-                self.running_old = self.running_old.saturating_sub(1);
-                self.old_guard_gone(out);
-            }
-            None => {}
-        }
-    }
-
-    /// While everything is being dropped, readers that have no session go past what was believed.
-    pub(super) fn pass_homeless(&mut self, out: &mut Vec<Effect>) {
-        for id in std::mem::take(&mut self.homeless) {
-            if !self.only_reads(id) {
-                self.homeless.push_back(id);
-                continue;
-            }
-            self.ops.remove(&id);
-            self.waiting -= 1;
-            self.running_old += 1;
-            self.passing.insert(id, None);
-            out.push(Effect::Admit { op: id, how: How::Uncached });
-        }
     }
 
     fn guard_all(&mut self, now: Moment, key: &RoomKey, needs: &[Want]) -> Option<Vec<Guard>> {
@@ -632,18 +584,6 @@ impl Keeper {
 
     pub(super) fn only_reads(&self, id: OpId) -> bool {
         self.ops.get(&id).is_some_and(Op::only_reads)
-    }
-
-    /// Does a waiting operation need something that is on its way back and can still be passed by?
-    pub(super) fn meets_recall(&self, id: OpId) -> bool {
-        self.ops.get(&id).is_some_and(|op| op.needs[op.pinned..].iter().any(|n| self.may_pass(n)))
-    }
-
-    fn may_pass(&self, (key, needs): &(RoomKey, Vec<Want>)) -> bool {
-        let Some(room) = self.rooms.get(key) else { return false };
-        let dropped = |s: &Scope| room.lease(s).and_then(|l| l.recall.as_ref()).is_some_and(|r| r.dropped);
-        let mut leaving = needs.iter().flat_map(|n| room.leaving(n)).peekable();
-        leaving.peek().is_some() && !leaving.any(|s| dropped(&s))
     }
 
     /// After everything was lost: nobody who waits has anything.

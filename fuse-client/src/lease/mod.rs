@@ -1,7 +1,7 @@
 //! Leases as a mount sees them: the [`Keeper`], a pure engine that knows what may be believed. It does no I/O and reads no clock; its caller
 //! carries its effects out and tells it what came of them.
 //!
-//! Rooms: `keeper` (the door: operations and their guards), `room` (what is known of one directory), `told` (grants and recalls), `session` (the
+//! Rooms: `keeper` (the door: operations and their guards), `room` (what is known of one directory), `told` (grants and recalls), `pass` (readers that go past a recall), `session` (the
 //! session's life, new leaders, what time does). Not pure: `driver` ([`Leases`]) is that caller, between operations, the link to the masters and
 //! the one who holds the copies.
 //!
@@ -17,6 +17,7 @@
 
 mod driver;
 mod keeper;
+mod pass;
 mod room;
 mod session;
 mod told;

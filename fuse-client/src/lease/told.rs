@@ -4,7 +4,7 @@
 //! The way back: new guards are refused; when those that change have gone, changes are flushed; then either shared is kept, or when the readers
 //! have gone too, everything is dropped and the lease released. Nothing here waits: each step ends in an event that leads to the next.
 
-use super::keeper::{Effect, Keeper, OpId, RecallId, What};
+use super::keeper::{Effect, Keeper, RecallId, What};
 use super::room::{Held, Recall, Room, RoomKey};
 use efc_common::lease::{Ask, FileKey, GrantNumber, Mode, Moment, Reason, RequestId, Scope, Tell, Want};
 use std::collections::HashSet;
@@ -110,17 +110,6 @@ impl Keeper {
         }
     }
 
-    fn pass_readers(&mut self, now: Moment, request: RequestId, asked: &Scope, out: &mut Vec<Effect>) {
-        let key = RoomKey::of(asked);
-        let Some(room) = self.rooms.get_mut(&key) else { return };
-        if !room.questions.iter().any(|(want, q)| want.scope == *asked && q.request == request) {
-            return;
-        }
-        for op in room.parked.clone() {
-            self.pass_if_reader(now, op, out);
-        }
-    }
-
     /// Begins the way back, or makes one that has begun give back all.
     pub(super) fn give_up_lease(
         &mut self,
@@ -157,16 +146,6 @@ impl Keeper {
         }
         self.advance(now, scope, out);
         self.pass_all_readers(now, &RoomKey::of(scope), out);
-    }
-
-    /// Readers who wait in a room where something is leaving may go past it now.
-    fn pass_all_readers(&mut self, now: Moment, key: &RoomKey, out: &mut Vec<Effect>) {
-        let parked = self.rooms.get(key).map(|r| r.parked.clone()).unwrap_or_default();
-        for op in parked {
-            if self.meets_recall(op) {
-                self.pass_if_reader(now, op, out);
-            }
-        }
     }
 
     pub(super) fn flushed(&mut self, now: Moment, id: RecallId, scope: &Scope, out: &mut Vec<Effect>) {
@@ -259,15 +238,6 @@ impl Keeper {
         let held: Vec<(Scope, Held)> = self.rooms.get(key).map(|r| r.held(key).collect()).unwrap_or_default();
         for (scope, held) in held {
             self.give_up_lease(now, &scope, held.number, false, out);
-        }
-    }
-
-    fn pass_if_reader(&mut self, now: Moment, op: OpId, out: &mut Vec<Effect>) {
-        if self.waits(op) && self.only_reads(op) {
-            self.unpin(now, op, out);
-            if let Some(waits) = self.ops.remove(&op) {
-                self.pass_by(now, op, waits, out);
-            }
         }
     }
 
