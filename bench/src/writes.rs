@@ -1,6 +1,7 @@
 //! `efc-bench writes`: what writing to a bucket costs. Small files closed one after the other with and without write-back, an archive unpacked beside a peer, one
 //! long file beside the store's own client. The server is the testkit's, which keeps everything in memory; its latency is that of a far store.
 
+use crate::ballast::Ballast;
 use crate::tool::{Mounted, Place, Tool, mount};
 use anyhow::{Context, Result, ensure};
 use efc_testkit::oss::{Action, Fault, OssOptions, OssServer};
@@ -14,6 +15,8 @@ use std::time::{Duration, Instant};
 
 const SMALL_BYTES: usize = 4096;
 const BUCKET: &str = "data";
+/// Ballast of a turn, in sizes of the long file: what the server keeps, what is staged, buffers.
+const BALLAST: u64 = 4;
 /// One phase may take this long.
 const DEADLINE: Duration = Duration::from_secs(1800);
 const FILES_IN_DIR: usize = 100;
@@ -256,6 +259,7 @@ pub fn run(plan: &Plan) -> Result<Writes> {
         for turn in 0..2 {
             // A server of its own each time: what it keeps in memory is not to slow the next one down.
             let server = server(Duration::ZERO)?;
+            let _ballast = Ballast::new(BALLAST * plan.long_bytes as u64);
             if (round + turn) % 2 == 0 {
                 long_efc_s.push(long_by_mount(plan, &server, &source)?);
                 ensure!(server.get(BUCKET, "long").is_some_and(|b| b[..] == bytes[..]), "the long file is wrong");

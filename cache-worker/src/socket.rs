@@ -61,8 +61,8 @@ impl WriteHalf {
     }
 
     /// Sends a small frame whose first byte carries `files` (`SCM_RIGHTS`); only a unix socket can.
-    pub(crate) async fn send_files(&self, head: &[u8], files: &[BorrowedFd<'_>; 2], stall: Duration) -> io::Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    pub(crate) async fn send_files(&self, head: &[u8], files: &[BorrowedFd<'_>], stall: Duration) -> io::Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
         let send = |fd: BorrowedFd<'_>| {
             let mut control = SendAncillaryBuffer::new(&mut space);
             control.push(SendAncillaryMessage::ScmRights(files));

@@ -8,8 +8,10 @@
 //! a compare-and-set on the last life: when that turns out to be over or unknown, a new session is opened.
 
 use crate::master::{MasterClient, of_transport};
+use efc_common::hint::Hint;
 use efc_common::id::{Incarnation, SessionId};
 use efc_common::lease::{Ask, Tell};
+use efc_common::lock::{LockState, LockTell};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use efc_proto::control::{LeaseAsk, LeaseTell};
@@ -63,6 +65,15 @@ pub enum News {
         /// Which.
         incarnation: Incarnation,
     },
+    /// A master speaks of advisory locks.
+    Lock {
+        /// To this life.
+        incarnation: Incarnation,
+        /// What.
+        tell: LockTell,
+    },
+    /// Others changed something, says the store.
+    Hint(Hint),
     /// A master speaks of leases.
     Told {
         /// To this life.
@@ -84,7 +95,7 @@ pub struct Who {
 /// Handle of the link; the link itself is a task.
 #[derive(Debug)]
 pub struct LeaseLink {
-    asks: mpsc::Sender<(Incarnation, Ask)>,
+    asks: mpsc::Sender<(Incarnation, Up)>,
     wish: watch::Sender<Wish>,
 }
 
@@ -123,7 +134,12 @@ impl LeaseLink {
 
     /// Says something in a life; false if it is lost at once.
     pub fn say(&self, incarnation: Incarnation, ask: Ask) -> bool {
-        in_messages(ask).into_iter().all(|ask| self.asks.try_send((incarnation, ask)).is_ok())
+        in_messages(ask).into_iter().all(|ask| self.asks.try_send((incarnation, Up::Ask(ask))).is_ok())
+    }
+
+    /// Says in a life what an owner of advisory locks has and wants; false if it is lost at once.
+    pub fn say_locks(&self, incarnation: Incarnation, state: LockState) -> bool {
+        self.asks.try_send((incarnation, Up::Locks(state))).is_ok()
     }
 }
 
@@ -170,7 +186,7 @@ struct Life {
 struct Worker {
     master: MasterClient,
     who: Who,
-    asked: mpsc::Receiver<(Incarnation, Ask)>,
+    asked: mpsc::Receiver<(Incarnation, Up)>,
     wanted: watch::Receiver<Wish>,
     news: mpsc::Sender<News>,
     last: Option<Life>,
@@ -345,8 +361,8 @@ impl Worker {
                     self.master.no_leader();
                     Err(Error::new(Kind::Timeout, "the leader does not answer renewals").into())
                 }
-                Some((incarnation, ask)) = self.asked.recv() => match incarnation == life.incarnation {
-                    true => send(&s.up, &Up::Ask(ask), silent).await,
+                Some((incarnation, up)) = self.asked.recv() => match incarnation == life.incarnation {
+                    true => send(&s.up, &up, silent).await,
                     false => Ok(()),
                 },
             };
@@ -361,6 +377,8 @@ impl Worker {
         match down_from_wire(word)? {
             Down::Welcome(_) => return Err(Error::new(Kind::Corrupt, "a second welcome").into()),
             Down::Tell(tell) => self.tell(News::Told { incarnation, tell }).await?,
+            Down::Lock(tell) => self.tell(News::Lock { incarnation, tell }).await?,
+            Down::Hint(hint) => self.tell(News::Hint(hint)).await?,
             Down::NotRenewed { .. } => return Err(End::Refused),
             Down::Renewed { renewal } => {
                 s.answered = Instant::now();

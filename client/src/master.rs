@@ -4,17 +4,18 @@
 //! Every call has one deadline for all its attempts. Commands that may have happened although no answer came are sent again: the
 //! masters are made for that (creating the same dataset twice is one creation, a second registration is a new life).
 
+use efc_common::hint::Hint;
 use efc_common::id::{Incarnation, RingEpoch, SessionId};
 use efc_common::{Error, Kind, Result, Retry};
 use efc_proto::control::cluster_client::ClusterClient;
 use efc_proto::control::leases_client::LeasesClient;
 use efc_proto::control::{
-    Dataset, DatasetRef, GetRingRequest, HeartbeatReply, HeartbeatRequest, KeepSessionReply, LeaseAsk, LeaseTell,
-    ListDatasetsRequest, ListSessionsRequest, ListWorkersReply, ListWorkersRequest, MasterNode, OpenSessionReply,
-    OpenSessionRequest, RegisterWorkerReply, RegisterWorkerRequest, RingReply, Session, SessionRef, StatusReply,
-    StatusRequest, WorkerLoad, WorkerRef,
+    Dataset, DatasetRef, GetRingRequest, HeartbeatReply, HeartbeatRequest, HintRequest, KeepSessionReply, LeaseAsk,
+    LeaseTell, ListDatasetsRequest, ListSessionsRequest, ListWorkersReply, ListWorkersRequest, MasterNode,
+    OpenSessionReply, OpenSessionRequest, RegisterWorkerReply, RegisterWorkerRequest, RingReply, Session, SessionRef,
+    StatusReply, StatusRequest, WorkerLoad, WorkerRef,
 };
-use efc_proto::lease::MESSAGE_BYTES_MAX;
+use efc_proto::lease::{MESSAGE_BYTES_MAX, hint_to_wire};
 use efc_proto::status::from_status;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -309,6 +310,16 @@ impl MasterClient {
         let patient = self.with_deadline(self.deadline.max(GROUP_DEADLINE));
         let call = |mut c: ClusterClient<Channel>, r| async move { c.remove_master(r).await };
         patient.call_within(Who::Leader, GROUP_DEADLINE - ATTEMPT_DEADLINE, &request, call).await
+    }
+
+    /// Has the leader pass on to all sessions what was changed in buckets. How many sessions were told.
+    ///
+    /// # Errors
+    /// What the masters said, or why none answered.
+    pub async fn hint(&self, hints: &[Hint]) -> Result<u64> {
+        let request = HintRequest { hints: hints.iter().map(hint_to_wire).collect() };
+        let call = |mut c: ClusterClient<Channel>, r| async move { c.hint(r).await };
+        Ok(self.call(Who::Leader, &request, call).await?.sessions)
     }
 
     /// Lets a session's words about leases flow to the leader, or to whom may be it; one attempt.

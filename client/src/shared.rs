@@ -14,6 +14,8 @@ use std::os::fd::OwnedFd;
 pub struct SharedMemory {
     data: OwnedFd,
     seals: Seals,
+    /// Where the odd slots are, if not in `data`.
+    whole: Option<OwnedFd>,
 }
 
 impl SharedMemory {
@@ -21,8 +23,8 @@ impl SharedMemory {
     ///
     /// # Errors
     /// When they are not what they should be.
-    pub fn new(data: OwnedFd, seals: &OwnedFd) -> Result<Self> {
-        Ok(SharedMemory { data, seals: Seals::open(seals)? })
+    pub fn new(data: OwnedFd, seals: &OwnedFd, whole: Option<OwnedFd>) -> Result<Self> {
+        Ok(SharedMemory { data, seals: Seals::open(seals)?, whole })
     }
 
     /// Appends to `out` the granules of a segment that cover `part`, verified; where `part` begins in what was appended. `None` when
@@ -47,33 +49,13 @@ impl SharedMemory {
             return Ok(None);
         }
         let start = out.len();
-        if !self.copy(place.at + wide.start as u64, wide.len(), out)? || self.seals.get(slot) != Some(place.seal) {
+        let file = self.whole.as_ref().filter(|_| slot % 2 == 1).unwrap_or(&self.data);
+        if !copy(file, place.at + wide.start as u64, wide.len(), out)? || self.seals.get(slot) != Some(place.seal) {
             out.truncate(start);
             return Ok(None);
         }
         checksum::verify(&out[start..], &place.sums[first as usize..wide.end.div_ceil(GRANULE_BYTES) as usize])?;
         Ok(Some((part.start - wide.start) as usize))
-    }
-
-    /// Appends `len` bytes from `at` on; false when there are not so many.
-    fn copy(&self, at: u64, len: usize, out: &mut Vec<u8>) -> Result<bool> {
-        out.reserve(len);
-        let end = out.len() + len;
-        while out.len() < end {
-            let (have, left) = (out.len(), end - out.len());
-            let from = at + (len - left) as u64;
-            match rustix::io::pread(&self.data, &mut out.spare_capacity_mut()[..left], from) {
-                Ok(([], _)) => return Ok(false),
-                Ok((filled, _)) => {
-                    let n = filled.len();
-                    // SAFETY: the kernel has filled the first `n` bytes of the spare capacity.
-                    unsafe { out.set_len(have + n) };
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(e) => return Err(std::io::Error::from(e).into()),
-            }
-        }
-        Ok(true)
     }
 
     /// The run of `bytes` bytes that begins at `offset` in its file and lies in `places`, in one piece of memory. `None` as for
@@ -103,6 +85,27 @@ impl SharedMemory {
     }
 }
 
+/// Appends `len` bytes of `file` from `at` on; false when there are not so many.
+fn copy(file: &OwnedFd, at: u64, len: usize, out: &mut Vec<u8>) -> Result<bool> {
+    out.reserve(len);
+    let end = out.len() + len;
+    while out.len() < end {
+        let (have, left) = (out.len(), end - out.len());
+        let from = at + (len - left) as u64;
+        match rustix::io::pread(file, &mut out.spare_capacity_mut()[..left], from) {
+            Ok(([], _)) => return Ok(false),
+            Ok((filled, _)) => {
+                let n = filled.len();
+                // SAFETY: the kernel has filled the first `n` bytes of the spare capacity.
+                unsafe { out.set_len(have + n) };
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(std::io::Error::from(e).into()),
+        }
+    }
+    Ok(true)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,7 +127,7 @@ mod tests {
             data::Place { at, seal: 0, len: bytes.len() as u32, sums: granule_sums(bytes) }
         };
         let places = content.chunks(SLOT as usize).enumerate().map(place).collect();
-        let shared = SharedMemory::new(read_only(&file).expect("reopen"), &seals_file).expect("shared");
+        let shared = SharedMemory::new(read_only(&file).expect("reopen"), &seals_file, None).expect("shared");
         (file, seals, shared, content, places)
     }
 

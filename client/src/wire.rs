@@ -377,7 +377,7 @@ fn greeting(me: &Identity, share: bool) -> Result<BytesMut> {
 /// The first bytes a worker sends on a unix socket, and its memory tier if the descriptors of one came with them.
 async fn first_bytes(s: &UnixStream) -> Result<(Vec<u8>, Option<SharedMemory>)> {
     let mut bytes = vec![0; STAGE_BYTES];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let receive = || {
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let parts = &mut [IoSliceMut::new(&mut bytes)];
@@ -392,12 +392,12 @@ async fn first_bytes(s: &UnixStream) -> Result<(Vec<u8>, Option<SharedMemory>)> 
     };
     let (n, files) = s.async_io(Interest::READABLE, receive).await.context("read the worker's greeting")?;
     bytes.truncate(n);
-    let shared = match <[OwnedFd; 2]>::try_from(files) {
-        Ok([data, seals]) => SharedMemory::new(data, &seals)
+    let mut files = files.into_iter();
+    let shared = files.next().zip(files.next()).and_then(|(data, seals)| {
+        SharedMemory::new(data, &seals, files.next())
             .inspect_err(|e| tracing::warn!(error = %e, "memory of the worker on this host cannot be read directly"))
-            .ok(),
-        Err(_) => None,
-    };
+            .ok()
+    });
     Ok((bytes, shared))
 }
 

@@ -4,6 +4,7 @@
 //! All times are a [`Moment`] of one process' own monotonic clock and never cross the wire.
 
 use crate::id::SourceId;
+use crate::lock::LockState;
 use crate::{Error, Kind, Result};
 use bytes::Bytes;
 use std::fmt;
@@ -247,6 +248,8 @@ pub enum Ask {
         part: usize,
         /// How many parts this request has. Only all of them are all that is believed.
         parts: usize,
+        /// With part 0: all advisory locks of the session.
+        locks: Vec<LockState>,
     },
 }
 

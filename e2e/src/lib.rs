@@ -55,7 +55,7 @@ pub struct Master {
 impl Master {
     fn start(&mut self) -> Result<()> {
         let mut command = Command::new(program("efc-master")?);
-        command.args(&self.args);
+        command.args(&self.args).env("EFC_EVENTS_TOKEN", EVENTS_TOKEN);
         let mut child = Guarded::spawn(&format!("master{}", self.node), command, &self.dir)?;
         let log = child.log_path().to_path_buf();
         let before = std::fs::read_to_string(&log).unwrap_or_default().matches("\"grpc\"").count();
@@ -327,6 +327,9 @@ impl Cluster {
         self.dir.path()
     }
 }
+
+/// Who tells the masters of events must know it.
+pub const EVENTS_TOKEN: &str = "word";
 
 /// A mount served by a foreground `efc-fuse`.
 pub struct Mount {

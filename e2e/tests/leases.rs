@@ -1,12 +1,13 @@
 //! Leases as users meet them: what they cost who only reads (nothing once it is warm, and the masters one word for each directory), what another mount sees, and
 //! what happens to a change whose lease ends.
 
-use efc_e2e::{Cluster, Mount, WorkerSpec, metric, within};
+use efc_e2e::{Cluster, EVENTS_TOKEN, Mount, WorkerSpec, metric, wait_for, within};
 use efc_testkit::oss::{OssOptions, OssServer};
 use efc_testkit::{Ganesha, scratch};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -110,6 +111,57 @@ fn a_reader_sees_what_a_writer_changes() {
     });
     reader.finish(&[]).expect("log");
     writer.finish(&[]).expect("log");
+}
+
+/// What others change in a bucket is seen within a minute; where the store says so, at once.
+#[test]
+fn events_of_the_store_shorten_the_wait() {
+    let s = OssServer::start_with(OssOptions::s3()).expect("server");
+    s.create_bucket("b");
+    s.put("b", "m/d/old", "one");
+    let worker = WorkerSpec { memory: "64MiB".into(), ..WorkerSpec::default() };
+    let cluster = Cluster::start(3, &[worker]).expect("cluster");
+    let (masters, endpoint) = (cluster.option(), format!("endpoint={}", s.endpoint()));
+    let mount = |how: &str| {
+        let options = [how, "consistency=strict", &masters, &endpoint, "region=us-east-1"];
+        Mount::start("s3://b/m", &options, &s.target().env()).expect("mount")
+    };
+    let mounts = [mount("ro"), mount("rw")];
+    let paths: Vec<_> = mounts.iter().map(|m| m.path.join("d")).collect();
+    let look = |path: &Path| {
+        let path = path.to_path_buf();
+        within(PATIENCE, move || {
+            let names = fs::read_dir(&path).expect("list").count();
+            (names, fs::read_to_string(path.join("old")).expect("read"), path.join("new").exists())
+        })
+    };
+    let before = (1, "one".to_string(), false);
+    paths.iter().for_each(|p| assert_eq!(look(p), before));
+    s.put("b", "m/d/old", "other");
+    s.put("b", "m/d/new", "x");
+    paths.iter().for_each(|p| assert_eq!(look(p), before, "nobody has said anything"));
+    let post = |master: usize, token: &str, body: &str| {
+        let url = format!("http://{}/events?token={token}", cluster.masters[master].http);
+        let mut curl = Command::new("curl");
+        let answer = curl.args(["-sS", "-w", "%{http_code}", "-d", body, &url]).output().expect("curl");
+        let text = String::from_utf8(answer.stdout).expect("text");
+        let (text, status) = text.rsplit_once('\n').expect("a line and a status");
+        (status.parse::<u16>().expect("status"), text.to_string())
+    };
+    let record = |key: &str| format!(r#"{{"s3":{{"bucket":{{"name":"b"}},"object":{{"key":"{key}"}}}}}}"#);
+    let body = format!(r#"{{"Records":[{},{}]}}"#, record("m/d/old"), record("m/d/new"));
+    assert_eq!(post(0, "guess", &body).0, 403);
+    assert_eq!(post(0, EVENTS_TOKEN, "nothing").0, 400);
+    paths.iter().for_each(|p| assert_eq!(look(p), before));
+    // Any master takes it.
+    let follower = (cluster.leader().expect("leader") + 1) % 3;
+    let (status, text) = post(follower, EVENTS_TOKEN, &body);
+    assert_eq!((status, text.trim()), (200, "2 keys, 2 mounts"));
+    let after = (2, "other".to_string(), true);
+    for p in &paths {
+        wait_for("the change to be seen", Duration::from_secs(5), || Ok(look(p) == after)).expect("seen");
+    }
+    mounts.into_iter().for_each(|m| m.finish(&[]).expect("log"));
 }
 
 /// No origin can be told to refuse who has lost a lease. So a change that is still under way when the lease ends is given up in time, and the error says so.

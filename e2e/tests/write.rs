@@ -76,7 +76,11 @@ fn over(origin: &str, work: fn(&Path, &Behind)) {
         let behind = Behind::Store(Box::new(server(origin)));
         let m = mount_bucket(origin, behind.store(), &[]);
         let path = m.path.clone();
-        within(PATIENCE, move || work(&path, &behind));
+        // The store outlives the mount.
+        let _behind = within(PATIENCE, move || {
+            work(&path, &behind);
+            behind
+        });
         return m.finish(&[]).expect("log");
     }
     let dir = scratch("write").expect("scratch");
@@ -386,7 +390,10 @@ fn lost_races(origin: &str) {
     let behind = Behind::Store(Box::new(server(origin)));
     let m = mount_bucket(origin, behind.store(), &["consistency=ttl=1"]);
     let path = m.path.clone();
-    within(PATIENCE, move || two_writers(&path, &behind));
+    let _behind = within(PATIENCE, move || {
+        two_writers(&path, &behind);
+        behind
+    });
     m.finish(&["somebody else changed the file meanwhile"]).expect("log");
 }
 

@@ -11,6 +11,7 @@ pub mod embedded;
 pub mod fs;
 pub mod kernel;
 pub mod lease;
+mod lock;
 pub mod namespace;
 pub mod options;
 pub mod process;

@@ -206,13 +206,19 @@ impl Process {
                 strict: strict.then(|| Strict {
                     master: cluster.master.clone(),
                     who: cluster.who.clone(),
+                    bucket: Some(source.mounted.spec.bucket.clone()).filter(|b| !b.is_empty()),
                     deadline: options.read_deadline,
                 }),
             },
             tokio::runtime::Handle::current(),
         ));
         let no_open = !options.read_write;
-        let config = SessionConfig { threads: options.threads, no_open, ..SessionConfig::default() };
+        let config = SessionConfig {
+            threads: options.threads,
+            no_open,
+            locks: options.read_write && strict,
+            ..SessionConfig::default()
+        };
         let (session, mount) = match taken {
             Some(t) => {
                 let mount = Mount::existing(&args.mountpoint)?;

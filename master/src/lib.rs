@@ -5,9 +5,11 @@
 //! together.
 
 mod coordinator;
+mod events;
 mod formation;
 mod http;
 pub mod lease;
+mod lock;
 mod raft;
 mod service;
 mod state;
@@ -45,6 +47,8 @@ pub struct Config {
     pub advertise: Option<String>,
     /// Where HTTP listens, `host:port`; port 0: any.
     pub http: String,
+    /// What senders of events must know to be heard at `/events`. None: nobody is.
+    pub events_token: Option<String>,
     /// State of this node.
     pub data_dir: PathBuf,
     /// Static list of the group, id → address, this node included. Empty: no list.
@@ -143,7 +147,8 @@ impl Master {
         let master = Master { node, tasks, failures: Mutex::new(failures), http: http_addr };
         let grace = Grace { worker: config.worker_expire, session: config.session_expire };
         master.serve_grpc(grpc, grace, config.lease, failed.clone());
-        let served = http::serve(http, master.node.clone(), metrics, master.stopped());
+        let events = config.events_token.map(|token| http::Events::new(token, &grpc_addr.to_string())).transpose()?;
+        let served = http::serve(http, master.node.clone(), metrics, events, master.stopped());
         master.spawn_part("http", served, failed.clone());
         let node = master.node.clone();
         let formed = async move { formation::form(&node, &formation).await };

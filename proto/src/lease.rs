@@ -2,11 +2,16 @@
 //! checked here: lengths of keys and lists, codes, and that nothing needed is missing.
 
 use crate::control;
+use crate::lock;
 use bytes::Bytes;
 use control::lease_ask::Ask as WireAsk;
 use control::lease_tell::Tell as WireTell;
+use efc_common::hint::{HINT_KEYS_MAX, Hint};
 use efc_common::id::{Incarnation, SessionId};
-use efc_common::lease::{Ask, Claim, DirKey, FileKey, GrantNumber, Mode, Reason, RequestId, Scope, Tell, Times, Want};
+use efc_common::lease::{
+    Ask, Claim, DirKey, FileKey, GrantNumber, KEY_BYTES_MAX, Mode, Reason, RequestId, Scope, Tell, Times, Want,
+};
+use efc_common::lock::{LockState, LockTell};
 use efc_common::{Error, Kind, Result};
 use std::time::Duration;
 
@@ -36,6 +41,8 @@ pub enum Up {
     },
     /// Something about leases.
     Ask(Ask),
+    /// What an owner of advisory locks has and wants.
+    Locks(LockState),
 }
 
 /// What a master says.
@@ -57,6 +64,10 @@ pub enum Down {
     },
     /// Something about leases.
     Tell(Tell),
+    /// Something about advisory locks.
+    Lock(LockTell),
+    /// Others changed something, says the store.
+    Hint(Hint),
 }
 
 /// Who grants, and by which times.
@@ -91,11 +102,11 @@ impl Welcome {
     }
 }
 
-fn bad<T>(what: &'static str) -> Result<T> {
+pub(crate) fn bad<T>(what: &'static str) -> Result<T> {
     Err(Error::new(Kind::Corrupt, what))
 }
 
-fn need<T>(part: Option<T>, what: &'static str) -> Result<T> {
+pub(crate) fn need<T>(part: Option<T>, what: &'static str) -> Result<T> {
     part.ok_or_else(|| Error::new(Kind::Corrupt, what))
 }
 
@@ -217,13 +228,17 @@ pub fn up_to_wire(up: &Up) -> control::LeaseAsk {
             number: number.0,
             keep_shared: *keep_shared,
         }),
-        Up::Ask(Ask::Reclaim { request, term, claims, part, parts }) => WireAsk::Reclaim(control::LeaseReclaim {
-            request: request.0,
-            term: *term,
-            claims: claims.iter().map(claim_out).collect(),
-            part: u32::try_from(*part).unwrap_or(u32::MAX),
-            parts: u32::try_from(*parts).unwrap_or(u32::MAX),
-        }),
+        Up::Locks(state) => WireAsk::Locks(lock::state_out(state)),
+        Up::Ask(Ask::Reclaim { request, term, claims, part, parts, locks }) => {
+            WireAsk::Reclaim(control::LeaseReclaim {
+                request: request.0,
+                term: *term,
+                claims: claims.iter().map(claim_out).collect(),
+                part: u32::try_from(*part).unwrap_or(u32::MAX),
+                parts: u32::try_from(*parts).unwrap_or(u32::MAX),
+                locks: locks.iter().map(lock::state_out).collect(),
+            })
+        }
     };
     control::LeaseAsk { ask: Some(ask) }
 }
@@ -236,6 +251,7 @@ pub fn up_from_wire(message: control::LeaseAsk) -> Result<Up> {
     Ok(match need(message.ask, "an empty message about leases")? {
         WireAsk::Hello(h) => Up::Hello { session: SessionId(h.session), incarnation: Incarnation(h.incarnation) },
         WireAsk::Renew(r) => Up::Renew { renewal: r.renewal },
+        WireAsk::Locks(s) => Up::Locks(lock::state_in(s)?),
         WireAsk::Acquire(a) => Up::Ask(Ask::Acquire { request: RequestId(a.request), wants: wants_in(a.wants)? }),
         WireAsk::Cancel(c) => Up::Ask(Ask::Cancel { wants: wants_in(c.wants)? }),
         WireAsk::Release(r) => Up::Ask(Ask::Release {
@@ -249,9 +265,29 @@ pub fn up_from_wire(message: control::LeaseAsk) -> Result<Up> {
             }
             let claims = r.claims.into_iter().map(claim_in).collect::<Result<Vec<_>>>()?;
             let (request, part, parts) = (RequestId(r.request), r.part as usize, r.parts as usize);
-            Up::Ask(Ask::Reclaim { request, term: r.term, claims, part, parts })
+            let locks = r.locks.into_iter().map(lock::state_in).collect::<Result<Vec<_>>>()?;
+            if part > 0 && !locks.is_empty() {
+                return bad("locks are claimed with the first part");
+            }
+            Up::Ask(Ask::Reclaim { request, term: r.term, claims, part, parts, locks })
         }
     })
+}
+
+/// A hint for the wire.
+pub fn hint_to_wire(hint: &Hint) -> control::BucketHint {
+    control::BucketHint { bucket: hint.bucket.clone(), keys: hint.keys.clone() }
+}
+
+/// A hint from the wire.
+///
+/// # Errors
+/// [`Kind::Corrupt`] for one of too many keys, or of too long ones.
+pub fn hint_from_wire(h: control::BucketHint) -> Result<Hint> {
+    if h.keys.len() > HINT_KEYS_MAX || h.keys.iter().any(|k| k.len() > KEY_BYTES_MAX) {
+        return bad("a hint of too many keys, or of too long ones");
+    }
+    Ok(Hint { bucket: h.bucket, keys: h.keys })
 }
 
 /// A master's word for the wire.
@@ -263,6 +299,8 @@ pub fn down_to_wire(down: &Down) -> control::LeaseTell {
             margin_ms: millis(w.margin),
         }),
         Down::Renewed { renewal } => WireTell::Renewed(control::LeaseRenewed { renewal: *renewal }),
+        Down::Lock(tell) => lock::tell_out(tell),
+        Down::Hint(hint) => WireTell::Hint(hint_to_wire(hint)),
         Down::NotRenewed { renewal, reason } => {
             WireTell::NotRenewed(control::LeaseNotRenewed { renewal: *renewal, reason: reason_out(*reason) })
         }
@@ -298,6 +336,9 @@ pub fn down_from_wire(message: control::LeaseTell) -> Result<Down> {
     Ok(match need(message.tell, "an empty message about leases")? {
         WireTell::Welcome(w) => Down::Welcome(Welcome::new(w.term, w.lease_ms, w.margin_ms)?),
         WireTell::Renewed(r) => Down::Renewed { renewal: r.renewal },
+        WireTell::Hint(h) => Down::Hint(hint_from_wire(h)?),
+        WireTell::LockHeard(h) => Down::Lock(lock::heard_in(h)?),
+        WireTell::LockSettled(s) => Down::Lock(lock::settled_in(s)?),
         WireTell::NotRenewed(r) => Down::NotRenewed { renewal: r.renewal, reason: reason_in(r.reason())? },
         WireTell::Grant(g) => {
             let scope = scope_in(g.scope)?;
@@ -327,7 +368,6 @@ pub fn down_from_wire(message: control::LeaseTell) -> Result<Down> {
 mod tests {
     use super::*;
     use efc_common::id::SourceId;
-    use efc_common::lease::KEY_BYTES_MAX;
     use proptest::collection::vec;
     use proptest::prelude::*;
     use prost::Message;
@@ -385,9 +425,14 @@ mod tests {
             (any::<u64>(), any::<u64>(), vec(claim(), 0..4), 0usize..5, 1usize..5).prop_map(
                 |(r, term, claims, part, more)| {
                     let request = RequestId(r);
-                    Up::Ask(Ask::Reclaim { request, term, claims, part, parts: part + more })
+                    Up::Ask(Ask::Reclaim { request, term, claims, part, parts: part + more, locks: vec![] })
                 }
             ),
+            (any::<u64>(), vec(lock::tests::state(), 0..3)).prop_map(|(term, locks)| {
+                let request = RequestId(1);
+                Up::Ask(Ask::Reclaim { request, term, claims: vec![], part: 0, parts: 1, locks })
+            }),
+            lock::tests::state().prop_map(Up::Locks),
         ]
     }
 
@@ -417,6 +462,9 @@ mod tests {
             }),
             (any::<u64>(), scope(), reason())
                 .prop_map(|(r, asked, reason)| { Down::Tell(Tell::Refuse { request: RequestId(r), asked, reason }) }),
+            lock::tests::tell().prop_map(Down::Lock),
+            (any::<String>(), vec(vec(any::<u8>(), 0..30).prop_map(Bytes::from), 0..4))
+                .prop_map(|(bucket, keys)| Down::Hint(Hint { bucket, keys })),
         ]
     }
 

@@ -22,6 +22,7 @@ mod suite;
 mod table;
 #[cfg(test)]
 mod tiering;
+mod whole;
 mod writer;
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -270,9 +271,9 @@ impl Store {
     }
 
     /// The files through which clients of this host read the memory tier by themselves, if it can be shared.
-    pub fn shared_files(&self) -> Option<[BorrowedFd<'_>; 2]> {
+    pub fn shared_files(&self) -> Option<Vec<BorrowedFd<'_>>> {
         let share = self.tiers.memory.as_ref()?.share()?;
-        Some([share.files[0].as_fd(), share.files[1].as_fd()])
+        Some(share.files.iter().map(|f| f.as_fd()).collect())
     }
 
     /// A client has read a segment in shared memory: it counts as a hit. Where there is another segment by now, nothing happens.

@@ -20,13 +20,18 @@ use super::policy::Policy;
 use super::segment::{Share, Tier, slot_offset};
 use super::slab::{INDEX_SLACK_SLOTS, SLOTS_MAX, Slab, SlabSpec, punch};
 use super::table::cost;
+use super::whole::WholeFile;
 use super::{Clock, DiskTier, MemoryTier, check_quota};
 
 /// Shares a memory tier of `quota` bytes: there are never more slots than pages.
-fn share(data: &File, quota: u64) -> Result<Share> {
+fn share(data: &File, whole: Option<&WholeFile>, quota: u64) -> Result<Share> {
     let slots = (quota / 4096 + 1).min(SLOTS_MAX as u64) as u32;
-    let (seals, seals_file) = Seals::create(slots)?;
-    Ok(Share { seals, files: [read_only(data)?, seals_file] })
+    let (seals, seals_file) = Seals::create(slots * (1 + whole.is_some() as u32))?;
+    let mut files = vec![read_only(data)?, seals_file];
+    if let Some(whole) = whole {
+        files.push(read_only(whole.file())?);
+    }
+    Ok(Share { seals, files })
 }
 
 /// What all tiers of a store share.
@@ -46,7 +51,12 @@ impl Opener {
                     .map_err(std::io::Error::from)
                     .context("create the cache's memory file")?;
                 let mut spec = self.spec(Tier::Memory, "memory".into(), m.quota_bytes, reserve, File::from(fd), None);
-                spec.share = share(&spec.data, m.quota_bytes)
+                spec.whole = WholeFile::create()
+                    .inspect_err(
+                        |e| tracing::info!(error = %e, "memory tier without large folios; it works, a little slower"),
+                    )
+                    .ok();
+                spec.share = share(&spec.data, spec.whole.as_ref(), m.quota_bytes)
                     .inspect_err(|e| tracing::warn!(error = %e, "memory cannot be shared with mounts of this host"))
                     .ok();
                 Ok(Slab::new(spec))
@@ -74,7 +84,19 @@ impl Opener {
 
     fn spec(&self, tier: Tier, name: String, quota: u64, reserve: u64, data: File, index: Option<Index>) -> SlabSpec {
         let (clock, counters) = (self.clock.clone(), self.counters.clone());
-        SlabSpec { tier, name, quota, reserve, policy: self.policy, data, index, share: None, clock, counters }
+        SlabSpec {
+            tier,
+            name,
+            quota,
+            reserve,
+            policy: self.policy,
+            data,
+            whole: None,
+            index,
+            share: None,
+            clock,
+            counters,
+        }
     }
 
     fn directory(&self, tier: Tier, name: String, path: &Path, quota: u64, reserve: u64) -> Result<Arc<Slab>> {

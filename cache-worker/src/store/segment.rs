@@ -19,6 +19,7 @@ use efc_proto::shared::Seals;
 use parking_lot::Mutex;
 
 use super::slab::Slab;
+use super::whole::WholeFile;
 
 /// Where a segment's bytes are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -42,20 +43,29 @@ impl Tier {
 /// A memory tier as it is shared with clients of this host; see [`efc_proto::shared`].
 pub(super) struct Share {
     pub(super) seals: Seals,
-    /// The data file and the seals' file, for reading.
-    pub(super) files: [OwnedFd; 2],
+    /// For reading: the data file, the seals' file, and the file of whole segments if there is one.
+    pub(super) files: Vec<OwnedFd>,
 }
 
 /// What a slab and all entries in it have in common. Entries hold it, it does not hold entries: no cycle.
 pub(super) struct Shared {
     pub(super) tier: Tier,
     pub(super) data: File,
+    /// Where the odd slots are, if not in `data`.
+    pub(super) whole: Option<WholeFile>,
     pub(super) share: Option<Share>,
     /// Slots whose last guard is gone and that are not punched yet. Taken after the slab's state lock, never before it.
     pub(super) freed: Mutex<Vec<Freed>>,
     /// Failures of the file system since the last success.
     pub(super) errors: AtomicU32,
     pub(super) slab: Weak<Slab>,
+}
+
+impl Shared {
+    /// The file that a slot is in, at [`slot_offset`].
+    pub(super) fn file(&self, slot: u32) -> &File {
+        self.whole.as_ref().filter(|_| WholeFile::has(slot)).map_or(&self.data, WholeFile::file)
+    }
 }
 
 /// A slot to be punched.
@@ -177,7 +187,7 @@ impl Segment {
     /// The file that holds the bytes and the offset of the first one: for `sendfile` and `pread` while this guard lives.
     /// Whoever sends from here sends unchecked bytes: see [`Segment::sendable`].
     pub fn file(&self) -> (BorrowedFd<'_>, u64) {
-        (self.entry.shared.data.as_fd(), slot_offset(self.entry.slot))
+        (self.entry.shared.file(self.entry.slot).as_fd(), slot_offset(self.entry.slot))
     }
 
     /// Where a client of this host finds the bytes, if the tier is shared and they are known to be right.

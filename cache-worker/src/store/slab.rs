@@ -6,7 +6,7 @@
 //! What must stay true:
 //! - Live pages are never overwritten. `sendfile` makes a socket refer to page-cache pages, so a slot is punched (the socket
 //!   keeps the old pages) and only then written again. Slots are aligned to 256 KiB and no page-cache folio is larger than that
-//!   (tmpfs with `huge=never`, read-ahead off), else a punch would zero a part of a folio in place.
+//!   (tmpfs with `huge=never`, read-ahead off; [`super::whole`] sees to it by itself), else a punch would zero a part of a folio in place.
 //! - `used` (what the files may occupy, index included) never exceeds the quota. Room is claimed after it is free, not before.
 //! - The state lock is held for table work only, never during I/O.
 //! - A guarded entry is not punched. It may be forgotten into *limbo*: still counted, freed by its last guard.
@@ -25,14 +25,15 @@ use super::counters::{Counters, Removal};
 use super::index::{Index, Record, index_bytes};
 use super::policy::{self, Candidate, Policy};
 use super::segment::{Entry, Freed, NewEntry, Share, Shared, Tier, slot_offset, sum_count};
-use super::table::{Table, candidate, cost, key_hash};
+use super::table::{Free, Table, candidate, cost, key_hash};
+use super::whole::{MARKER_BYTES, WholeFile};
 use super::{BypassReason, Clock, TierStats};
 
 /// Slots in one data file: ext4 ends a file at 16 TiB.
 pub(super) const SLOTS_MAX: u32 = (1 << 26) - 1;
 /// Failed reads and writes in a row after which a tier is taken out of use.
 const ERRORS_MAX: u32 = 8;
-/// Slots that are kept in reserve for growth of the index, so that a claim need not count its own record.
+/// Slots that are kept in reserve for growth of the index (or of the markers), so that a claim need not count its own record.
 pub(super) const INDEX_SLACK_SLOTS: u64 = 64;
 
 /// What makes a slab.
@@ -44,6 +45,7 @@ pub(super) struct SlabSpec {
     pub(super) reserve: u64,
     pub(super) policy: Policy,
     pub(super) data: File,
+    pub(super) whole: Option<WholeFile>,
     pub(super) index: Option<Index>,
     /// What clients of this host need to read the tier by themselves.
     pub(super) share: Option<Share>,
@@ -85,10 +87,12 @@ impl Slab {
     /// A slab with no entries. `slots` is how many slots the data file has already; all of them count as free but those that
     /// `adopt` takes.
     pub(super) fn new(spec: SlabSpec) -> Arc<Self> {
+        let free = Free::new(spec.whole.is_some());
         Arc::new_cyclic(|weak| Slab {
             shared: Arc::new(Shared {
                 tier: spec.tier,
                 data: spec.data,
+                whole: spec.whole,
                 share: spec.share,
                 freed: Mutex::new(Vec::new()),
                 errors: AtomicU32::new(0),
@@ -104,6 +108,7 @@ impl Slab {
             state: Mutex::new(Table::new(
                 policy::build(spec.policy, spec.quota.saturating_sub(spec.reserve)),
                 spec.quota,
+                free,
             )),
             reclaim: Mutex::new(()),
         })
@@ -129,7 +134,8 @@ impl Slab {
             s.link(Arc::new(Entry::new(&self.shared, entry)), false);
         }
         // From the end, so that low slots are used first and the files stay short.
-        s.free = (0..slots).rev().filter(|i| s.slots[*i as usize].is_none()).collect();
+        let free = (0..slots).rev().filter(|i| s.slots[*i as usize].is_none()).collect();
+        s.free.adopt(slots, free);
     }
 
     /// Finds an entry and counts the hit; also says whether it counted as a request of its own and not as a continuation of the
@@ -224,7 +230,7 @@ impl Slab {
 
     /// Bytes that entries in the table may take.
     fn resident_limit(&self, s: &Table) -> u64 {
-        s.limit.saturating_sub(self.reserve + self.index_bytes(s.slots.len() as u64 + INDEX_SLACK_SLOTS))
+        s.limit.saturating_sub(self.reserve + self.slot_bytes(s.free.charged(None) + INDEX_SLACK_SLOTS))
     }
 
     /// Evicts until `r` fits among the residents, and claims its room. `Ok(Some)` when the key is there already.
@@ -272,28 +278,29 @@ impl Slab {
     fn take_slot(&self, len: u32) -> Result<(u32, u64), BypassReason> {
         let bytes = cost(len);
         let mut s = self.state.lock();
-        let slots = s.slots.len() as u64 + s.free.is_empty() as u64;
-        if s.used + bytes + self.index_bytes(slots) > s.limit || slots > SLOTS_MAX as u64 {
+        let whole = len == SEGMENT_BYTES;
+        let slots = s.free.charged(Some(whole));
+        if s.used + bytes + self.slot_bytes(slots) > s.limit || slots > SLOTS_MAX as u64 {
             s.resident -= bytes;
             return Err(BypassReason::Busy);
         }
         s.used += bytes;
         s.generation += 1;
-        let slot = s.free.pop().unwrap_or_else(|| {
-            s.slots.push(None);
-            s.slots.len() as u32 - 1
-        });
-        Ok((slot, s.generation))
+        Ok((s.free.take(whole), s.generation))
     }
 
     fn write(&self, slot: u32, generation: u64, r: &PutRequest<'_>) -> std::io::Result<()> {
         let mut slices: Vec<IoSlice<'_>> = r.pieces.iter().map(|p| IoSlice::new(p)).collect();
         let mut rest = &mut slices[..];
         let mut at = slot_offset(slot);
+        if let Some(whole) = self.shared.whole.as_ref().filter(|_| WholeFile::has(slot)) {
+            whole.prepare(slot)?;
+        }
+        let file = self.shared.file(slot);
         IoSlice::advance_slices(&mut rest, 0);
         while !rest.is_empty() {
             let batch = &rest[..rest.len().min(libc::UIO_MAXIOV as usize)];
-            match rustix::io::pwritev(&self.shared.data, batch, at) {
+            match rustix::io::pwritev(file, batch, at) {
                 Ok(0) => return Err(std::io::ErrorKind::WriteZero.into()),
                 Ok(n) => {
                     at += n as u64;
@@ -355,7 +362,7 @@ impl Slab {
                 share.seals.break_seal(f.slot as u64);
             }
             let cleared = self.index.as_ref().map_or(Ok(()), |i| i.clear(f.slot));
-            match cleared.and_then(|()| punch(&self.shared.data, f.slot..f.slot + 1)) {
+            match cleared.and_then(|()| punch(self.shared.file(f.slot), f.slot..f.slot + 1)) {
                 Ok(()) => done.push(f),
                 // Its room stays counted: what the file system did not take back is not ours to give.
                 Err(e) => self.io_error(&e),
@@ -367,12 +374,17 @@ impl Slab {
             if f.in_limbo {
                 s.limbo -= cost(f.len);
             }
-            s.free.push(f.slot);
+            s.free.give(f.slot);
         }
     }
 
-    fn index_bytes(&self, slots: u64) -> u64 {
-        if self.index.is_some() { index_bytes(slots) } else { 0 }
+    /// What `slots` slots take beside their bytes.
+    fn slot_bytes(&self, slots: u64) -> u64 {
+        match (&self.index, &self.shared.whole) {
+            (Some(_), _) => index_bytes(slots),
+            (None, Some(_)) => slots * MARKER_BYTES,
+            (None, None) => 0,
+        }
     }
 
     /// Removes one entry; true if it was there.
@@ -483,9 +495,9 @@ impl Slab {
             // The file system has less room than the quota: evict from now on. Never below room for one segment, so that the
             // tier is tried again.
             let mut s = self.state.lock();
-            let slots = s.slots.len() as u64;
-            let least = self.reserve + self.index_bytes(slots + INDEX_SLACK_SLOTS) + SEGMENT_BYTES as u64;
-            s.limit = s.limit.min((s.used + self.index_bytes(slots)).max(least));
+            let slots = s.free.charged(None);
+            let least = self.reserve + self.slot_bytes(slots + INDEX_SLACK_SLOTS) + SEGMENT_BYTES as u64;
+            s.limit = s.limit.min((s.used + self.slot_bytes(slots)).max(least));
         }
         let n = self.shared.errors.fetch_add(1, Relaxed) + 1;
         if n == 1 {
@@ -531,7 +543,7 @@ impl Slab {
             tier: self.shared.tier,
             name: self.name.clone(),
             capacity_bytes: self.quota,
-            used_bytes: s.used + self.index_bytes(s.slots.len() as u64),
+            used_bytes: s.used + self.slot_bytes(s.free.charged(None)),
             segments: s.map.len() as u64,
             pinned_bytes: s.pinned,
             ejected: self.ejected(),

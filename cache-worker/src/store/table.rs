@@ -49,12 +49,66 @@ pub(super) fn key_hash(key: &SegmentKey) -> u32 {
 
 pub(super) type KeyMap = HashMap<SegmentKey, u32, BuildHasherDefault<KeyHasher>>;
 
+/// Slots without an entry: punched ones, and those that never had one. With a file of whole segments beside the data file
+/// ([`super::whole`]) the odd slots are for those, the even ones for the rest.
+pub(super) struct Free {
+    punched: [Vec<u32>; 2],
+    /// The first slot of each kind that was never used.
+    next: [u32; 2],
+    split: bool,
+}
+
+impl Free {
+    /// No slot was ever used.
+    pub(super) fn new(split: bool) -> Free {
+        Free { punched: Default::default(), next: [0, 1], split }
+    }
+
+    /// Slots `0..slots` of a data file, of which `free` have no entry; the last of them is taken first.
+    pub(super) fn adopt(&mut self, slots: u32, free: Vec<u32>) {
+        debug_assert!(!self.split, "what a restart finds lies in one file");
+        self.punched[0] = free;
+        self.next[0] = slots;
+    }
+
+    fn kind(&self, whole: bool) -> usize {
+        (self.split && whole) as usize
+    }
+
+    /// A slot for a segment, which is `whole` or not.
+    pub(super) fn take(&mut self, whole: bool) -> u32 {
+        let kind = self.kind(whole);
+        self.punched[kind].pop().unwrap_or_else(|| {
+            let slot = self.next[kind];
+            self.next[kind] += 1 + self.split as u32;
+            slot
+        })
+    }
+
+    /// Takes back a slot that was punched.
+    pub(super) fn give(&mut self, slot: u32) {
+        self.punched[self.kind(slot % 2 == 1)].push(slot);
+    }
+
+    /// Slots that take room beside their bytes (a record in the index, or a marker), one more counted if [`Free::take`] would
+    /// need a new one.
+    pub(super) fn charged(&self, taking: Option<bool>) -> u64 {
+        let used = if self.split { self.next[1] / 2 } else { self.next[0] };
+        used as u64 + taking.is_some_and(|whole| self.punched[self.kind(whole)].is_empty()) as u64
+    }
+
+    #[cfg(test)]
+    fn memory_bytes(&self) -> usize {
+        self.punched.iter().map(|l| l.capacity() * size_of::<u32>()).sum()
+    }
+}
+
 /// See the module's text.
 pub(super) struct Table {
     pub(super) map: KeyMap,
     pub(super) slots: Vec<Option<Arc<Entry>>>,
-    /// Punched slots.
-    pub(super) free: Vec<u32>,
+    /// Slots without an entry.
+    pub(super) free: Free,
     pub(super) policy: Box<dyn EvictionPolicy>,
     /// Quota, or less after the file system said that it is full.
     pub(super) limit: u64,
@@ -74,11 +128,11 @@ pub(super) fn candidate(key: &SegmentKey, len: u32, trial: bool) -> Candidate {
 
 impl Table {
     /// No entries, `limit` bytes.
-    pub(super) fn new(policy: Box<dyn EvictionPolicy>, limit: u64) -> Self {
+    pub(super) fn new(policy: Box<dyn EvictionPolicy>, limit: u64, free: Free) -> Self {
         Table {
             map: KeyMap::default(),
             slots: Vec::new(),
-            free: Vec::new(),
+            free,
             policy,
             limit,
             used: 0,
@@ -139,7 +193,7 @@ impl Table {
         let buckets = (self.map.capacity() * 8 / 7).next_power_of_two();
         let map = buckets * (size_of::<(SegmentKey, u32)>() + 1);
         let entry = (size_of::<Entry>() + 2 * size_of::<usize>() + size_of::<usize>()).next_multiple_of(16);
-        let lists = self.slots.capacity() * size_of::<Option<Arc<Entry>>>() + self.free.capacity() * size_of::<u32>();
+        let lists = self.slots.capacity() * size_of::<Option<Arc<Entry>>>() + self.free.memory_bytes();
         map + self.map.len() * entry + lists + self.policy.memory_bytes()
     }
 }

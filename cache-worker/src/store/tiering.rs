@@ -206,6 +206,7 @@ fn the_table_takes_at_most_256_bytes_a_segment() {
             quota: 1 << 40,
             reserve: 0,
             policy: Policy::ScanResistant,
+            whole: None,
             data: tempfile::tempfile().expect("file"),
             index: None,
             share: None,

@@ -28,8 +28,10 @@ pub(super) struct Beliefs {
     source: SourceId,
     /// Of files with several names.
     links: SourceId,
+    /// The bucket, if it is one: hints of stores name it.
+    pub(super) bucket: Option<String>,
     paths: bool,
-    deadline: Duration,
+    pub(super) deadline: Duration,
     nodes: Mutex<Keyed>,
 }
 
@@ -66,10 +68,16 @@ impl Own {
 
 impl Beliefs {
     /// Over `leases` of a source. An operation waits at most `deadline` for what it needs.
-    pub(super) fn new(leases: Leases, source: SourceId, paths: bool, deadline: Duration) -> Beliefs {
+    pub(super) fn new(
+        leases: Leases,
+        source: SourceId,
+        bucket: Option<String>,
+        paths: bool,
+        deadline: Duration,
+    ) -> Beliefs {
         let links = SourceId::of(&[b"links", &source.0]);
         let nodes = Mutex::new(Keyed { by_key: HashMap::new(), sweep_at: KEYS_MIN });
-        Beliefs { leases, source, links, paths, deadline, nodes }
+        Beliefs { leases, source, links, bucket, paths, deadline, nodes }
     }
 
     fn key_of(&self, locator: &[u8]) -> Result<DirKey> {

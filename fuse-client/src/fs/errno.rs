@@ -38,6 +38,29 @@ pub fn errno(kind: Kind) -> i32 {
     }
 }
 
+/// Why an advisory lock is not had, which is no error of anybody's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoLock {
+    /// Somebody else has it.
+    Held,
+    /// To wait would be to wait for oneself.
+    Deadlock,
+    /// Who waited has a signal to take.
+    Interrupted,
+    /// The masters cannot be asked, or there are too many.
+    NotNow,
+}
+
+/// The errno of a lock that is not had.
+pub fn no_lock(why: NoLock) -> i32 {
+    match why {
+        NoLock::Held => libc::EAGAIN,
+        NoLock::Deadlock => libc::EDEADLK,
+        NoLock::Interrupted => libc::EINTR,
+        NoLock::NotNow => libc::ENOLCK,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

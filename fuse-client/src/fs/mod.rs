@@ -10,6 +10,7 @@ pub mod change;
 pub mod directory;
 pub mod errno;
 mod io;
+mod locks;
 pub mod open;
 mod recall;
 pub mod refresh;
@@ -33,6 +34,7 @@ use efc_common::lease::Mode;
 use efc_common::node::{Attr, FileKind, Node};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
+use locks::Had;
 use open::OpenFiles;
 use parking_lot::Mutex;
 use recall::FsHolder;
@@ -81,6 +83,8 @@ pub struct Strict {
     pub master: MasterClient,
     /// Whose session it is.
     pub who: Who,
+    /// The bucket that is mounted, if it is one.
+    pub bucket: Option<String>,
     /// How long an operation waits for a lease before it fails.
     pub deadline: Duration,
 }
@@ -110,7 +114,7 @@ impl EfcFs {
                 let _entered = runtime.enter();
                 let holder = Arc::new(FsHolder::new(shared.clone()));
                 let leases = Leases::start(s.master, s.who, lease::Config::default(), holder, &parts.tasks);
-                Beliefs::new(leases, parts.source.id(), parts.source.path_locators(), s.deadline)
+                Beliefs::new(leases, parts.source.id(), s.bucket, parts.source.path_locators(), s.deadline)
             }),
             parts,
             runtime,
@@ -219,6 +223,32 @@ impl EfcFs {
             return reply.error(Errno::EROFS);
         }
         self.answer(operation, node, reply, work);
+    }
+
+    /// Answers what concerns the advisory locks of one node.
+    fn lock<T, F>(
+        &self,
+        operation: &'static str,
+        node: u64,
+        reply: Reply<T>,
+        work: impl FnOnce(Arc<Shared>, Arc<Inode>) -> F + Send + 'static,
+    ) where
+        T: Answer + Send + 'static,
+        F: Future<Output = Result<Had<T>>> + Send + 'static,
+    {
+        let inode = match self.inode(node) {
+            Ok(i) => i,
+            Err(e) => return reply.error(errno_of(&e)),
+        };
+        self.spawn(|s| async move {
+            match work(s, inode.clone()).await {
+                Ok(had) => reply.end(had.map_err(|why| Errno(errno::no_lock(why)))),
+                Err(e) => {
+                    log(operation, &inode, &e);
+                    reply.error(errno_of(&e));
+                }
+            }
+        });
     }
 
     fn read_only(&self) -> bool {

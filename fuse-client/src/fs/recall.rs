@@ -11,6 +11,7 @@ use crate::namespace::Inode;
 use async_trait::async_trait;
 use bytes::Bytes;
 use efc_backend::tree::OpenFile;
+use efc_common::hint::Hint;
 use efc_common::lease::{DirKey, Scope};
 use efc_common::{Kind, Result, Retry};
 use std::sync::atomic::Ordering;
@@ -51,6 +52,12 @@ impl Holder for FsHolder {
         let Some(shared) = self.shared.upgrade() else { return };
         if let Some(beliefs) = &shared.beliefs {
             shared.drop_scope(beliefs, scope).await;
+        }
+    }
+
+    async fn hinted(&self, hints: Vec<Hint>) {
+        if let Some(shared) = self.shared.upgrade() {
+            shared.hinted(hints).await;
         }
     }
 

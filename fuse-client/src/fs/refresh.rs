@@ -4,11 +4,14 @@ use super::{EfcFs, Shared};
 use crate::kernel::Notification;
 use crate::namespace::Inode;
 use efc_backend::tree::Pending;
+use efc_common::hint::Hint;
 use efc_common::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::Weak;
 use std::time::Duration;
+use tracing::{debug, info};
 
 /// How long the kernel may take to drop its copies.
 const KERNEL_DEADLINE: Duration = Duration::from_secs(10);
@@ -52,7 +55,30 @@ pub struct Dirty {
 }
 
 impl Shared {
+    /// What a store says was changed: as if it was refreshed, all of it at once.
+    pub(super) async fn hinted(&self, hints: Vec<Hint>) {
+        let Some(bucket) = self.beliefs.as_ref().and_then(|b| b.bucket.as_deref()) else { return };
+        let root = self.parts.namespace.root().locator();
+        let ours = hints.iter().filter(|h| h.bucket == bucket).flat_map(|h| &h.keys);
+        let mut nodes = HashMap::new();
+        for path in ours.filter_map(|key| key.strip_prefix(&root[..])) {
+            let found = self.look_again(path);
+            nodes.extend(found.into_iter().flatten().map(|node| (node.id, node)));
+        }
+        debug!(nodes = nodes.len(), "the store says that others changed something");
+        if !nodes.is_empty()
+            && let Err(e) = self.forget(nodes.into_values().collect()).await
+        {
+            info!(error = %e, "the kernel keeps something old until its time is over");
+        }
+    }
+
     async fn forget_below(&self, path: &[u8]) -> Result<usize> {
+        self.forget(self.look_again(path)?).await
+    }
+
+    /// Has what is at a path and below looked at anew, and says which nodes that are.
+    fn look_again(&self, path: &[u8]) -> Result<Vec<Arc<Inode>>> {
         let mut at = self.parts.namespace.root();
         for name in path.split(|b| *b == b'/').filter(|n| !n.is_empty()) {
             if matches!(name, b"." | b"..") {
@@ -63,7 +89,7 @@ impl Shared {
                 // Nobody has looked there: only the directory above may remember something, of the name itself.
                 None => {
                     self.parts.directories.refresh(&at, true);
-                    return self.forget(vec![at]).await;
+                    return Ok(vec![at]);
                 }
             }
         }
@@ -73,7 +99,7 @@ impl Shared {
             self.parts.directories.refresh(&d.parent, false);
             all.push(d.parent);
         }
-        self.forget(all).await
+        Ok(all)
     }
 
     async fn forget(&self, nodes: Vec<Arc<Inode>>) -> Result<usize> {

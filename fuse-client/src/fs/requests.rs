@@ -5,8 +5,8 @@ use super::change::{self, At};
 use super::io::{regular, seek_by_size};
 use super::{EfcFs, errno_of, log};
 use crate::kernel::{
-    AttrOut, Caller, CreateOut, DirReply, EntryOut, Errno, FileSystem, LseekOut, Negotiated, OpenOut, ReadReply, Reply,
-    SetAttr, StatfsOut, WriteAt, WriteOut, XattrReply,
+    AttrOut, Caller, CreateOut, DirReply, EntryOut, Errno, FileSystem, LockOut, LockRange, LseekOut, Negotiated,
+    OpenOut, ReadReply, Reply, SetAttr, StatfsOut, WriteAt, WriteOut, XattrReply,
 };
 use crate::namespace::Inode;
 use crate::namespace::listing::Listing;
@@ -196,11 +196,26 @@ impl FileSystem for EfcFs {
         });
     }
 
-    fn flush(&self, _ctx: &Caller, node: u64, fh: u64, _lock_owner: u64, reply: Reply<()>) {
+    fn flush(&self, _ctx: &Caller, node: u64, fh: u64, lock_owner: u64, reply: Reply<()>) {
         if self.read_only() {
             return reply.error(Errno::ENOSYS);
         }
-        self.answer("close", node, reply, move |s, _| async move { s.close(&*s.files.get(fh)?).await });
+        self.answer("close", node, reply, move |s, inode| async move {
+            let closed = s.close(&*s.files.get(fh)?).await;
+            s.unlock_owner(&inode, lock_owner).await;
+            closed
+        });
+    }
+
+    fn getlk(&self, _ctx: &Caller, node: u64, fh: u64, owner: u64, range: LockRange, reply: Reply<LockOut>) {
+        self.lock("getlk", node, reply, move |s, inode| async move { s.test_lock(&inode, fh, owner, range).await });
+    }
+
+    fn setlk(&self, ctx: &Caller, node: u64, fh: u64, owner: u64, range: LockRange, wait: bool, reply: Reply<()>) {
+        let ctx = *ctx;
+        self.lock("setlk", node, reply, move |s, inode| async move {
+            s.set_lock(ctx, &inode, fh, owner, range, wait).await
+        });
     }
 
     fn fsync(&self, _ctx: &Caller, node: u64, fh: u64, datasync: bool, reply: Reply<()>) {
@@ -212,6 +227,7 @@ impl FileSystem for EfcFs {
 
     fn release(&self, _ctx: &Caller, _node: u64, fh: u64, _flags: i32, reply: Reply<()>) {
         self.spawn(|s| async move {
+            s.unlock_handle(fh).await;
             s.release(fh).await;
             reply.ok(());
         });

@@ -22,7 +22,7 @@ use super::conn::Conn;
 use super::init::{InitRecord, InitRequest};
 use super::metrics::Op;
 use super::reply::{DirReply, ReadReply, Reply, Slot, XattrReply};
-use super::types::{Caller, SetAttr, SetTime, WriteAt};
+use super::types::{Caller, LockRange, SetAttr, SetTime, WriteAt};
 
 /// The kernel's mark on a request that it sends a second time.
 const RESENT: u64 = 1 << 63;
@@ -284,6 +284,39 @@ impl fuser::Filesystem for Adapter {
         reply: fuser::ReplyEmpty,
     ) {
         self.run(req, Op::Release, reply, |fs, c, s| fs.release(c, ino.0, fh.0, flags.0, Reply::new(s)));
+    }
+
+    fn getlk(
+        &self,
+        req: &fuser::Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        lock_owner: LockOwner,
+        start: u64,
+        end: u64,
+        typ: i32,
+        pid: u32,
+        reply: fuser::ReplyLock,
+    ) {
+        let range = LockRange { start, end, kind: typ, pid };
+        self.run(req, Op::Getlk, reply, |fs, c, s| fs.getlk(c, ino.0, fh.0, lock_owner.0, range, Reply::new(s)));
+    }
+
+    fn setlk(
+        &self,
+        req: &fuser::Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        lock_owner: LockOwner,
+        start: u64,
+        end: u64,
+        typ: i32,
+        pid: u32,
+        sleep: bool,
+        reply: fuser::ReplyEmpty,
+    ) {
+        let range = LockRange { start, end, kind: typ, pid };
+        self.run(req, Op::Setlk, reply, |fs, c, s| fs.setlk(c, ino.0, fh.0, lock_owner.0, range, sleep, Reply::new(s)));
     }
 
     fn fsync(&self, req: &fuser::Request, ino: INodeNo, fh: FileHandle, datasync: bool, reply: fuser::ReplyEmpty) {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use efc_common::node::Time;
 
-use super::types::{AttrOut, CreateOut, EntryOut, LseekOut, NodeAttr, OpenOut, PollOut, StatfsOut, WriteOut};
+use super::types::{AttrOut, CreateOut, EntryOut, LockOut, LseekOut, NodeAttr, OpenOut, PollOut, StatfsOut, WriteOut};
 
 /// Size of `fuse_entry_out`, bytes.
 pub(super) const ENTRY_BYTES: usize = 128;
@@ -120,6 +120,14 @@ pub(super) fn lseek(out: &mut impl Sink, l: LseekOut) {
     out.u64(l.0);
 }
 
+/// `fuse_lk_out`.
+pub(super) fn lock(out: &mut impl Sink, l: &LockOut) {
+    out.u64(l.start);
+    out.u64(l.end);
+    out.u32(l.kind as u32);
+    out.u32(l.pid);
+}
+
 /// `fuse_poll_out`.
 pub(super) fn poll(out: &mut impl Sink, p: PollOut) {
     out.u32(p.0);
@@ -167,6 +175,7 @@ mod tests {
         assert_eq!(len(|o| open(o, &OpenOut::default())), 16);
         assert_eq!(len(|o| create(o, &CreateOut::default())), 144);
         assert_eq!(len(|o| statfs(o, &StatfsOut::default())), 80);
+        assert_eq!(len(|o| lock(o, &LockOut::default())), 24);
     }
 
     #[test]

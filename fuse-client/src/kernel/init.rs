@@ -157,6 +157,7 @@ impl InitRequest {
         flags.set(InitFlags::FUSE_DO_READDIRPLUS, config.readdirplus);
         flags.set(InitFlags::FUSE_NO_OPEN_SUPPORT, config.no_open);
         flags.set(InitFlags::FUSE_NO_OPENDIR_SUPPORT, config.no_opendir);
+        flags.set(InitFlags::FUSE_POSIX_LOCKS | InitFlags::FUSE_FLOCK_LOCKS, config.locks);
         let max_background = config.max_background.max(1);
         InitRequest {
             flags,

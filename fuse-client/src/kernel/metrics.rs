@@ -31,7 +31,7 @@ ops! {
     Flush "flush", Release "release", Fsync "fsync", Opendir "opendir", Readdir "readdir", Readdirplus "readdirplus",
     Releasedir "releasedir", Fsyncdir "fsyncdir", Statfs "statfs", Setxattr "setxattr", Getxattr "getxattr", Listxattr "listxattr",
     Removexattr "removexattr", Access "access", Create "create", Ioctl "ioctl", Poll "poll", Fallocate "fallocate", Lseek "lseek",
-    CopyFileRange "copy_file_range",
+    CopyFileRange "copy_file_range", Getlk "getlk", Setlk "setlk",
 }
 
 /// Counters of one session.

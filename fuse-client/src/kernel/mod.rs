@@ -76,6 +76,19 @@ pub trait FileSystem: Send + Sync + 'static {
         reply.error(Errno::ENOSYS);
     }
 
+    /// Which lock of another owner stands against this one.
+    fn getlk(&self, ctx: &Caller, node: u64, fh: u64, owner: u64, range: LockRange, reply: Reply<LockOut>) {
+        let _ = (ctx, node, fh, owner, range);
+        reply.error(Errno::ENOSYS);
+    }
+
+    /// Locks or unlocks a range for `owner`, and with `wait` waits for others.
+    #[allow(clippy::too_many_arguments, reason = "what the kernel says")]
+    fn setlk(&self, ctx: &Caller, node: u64, fh: u64, owner: u64, range: LockRange, wait: bool, reply: Reply<()>) {
+        let _ = (ctx, node, fh, owner, range, wait);
+        reply.error(Errno::ENOSYS);
+    }
+
     /// Opens a directory. ENOSYS: never asked again, and the kernel keeps its names until they are invalidated.
     fn opendir(&self, ctx: &Caller, node: u64, flags: i32, reply: Reply<OpenOut>);
 

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::conn::Conn;
 use super::encode::{self, DIRENT_BYTES, ENTRY_BYTES, Fixed};
 use super::metrics::Op;
-use super::types::{AttrOut, CreateOut, EntryOut, Errno, LseekOut, OpenOut, PollOut, StatfsOut, WriteOut};
+use super::types::{AttrOut, CreateOut, EntryOut, Errno, LockOut, LseekOut, OpenOut, PollOut, StatfsOut, WriteOut};
 
 /// One taken request, not yet answered.
 pub(super) struct Slot {
@@ -138,6 +138,7 @@ fixed_answers! {
     CreateOut => |out, v| encode::create(out, &v);
     StatfsOut => |out, v| encode::statfs(out, &v);
     LseekOut => |out, v| encode::lseek(out, v);
+    LockOut => |out, v| encode::lock(out, &v);
     PollOut => |out, v| encode::poll(out, v);
     WriteOut => |out, v| encode::write(out, v);
 }

@@ -48,6 +48,8 @@ pub struct SessionConfig {
     pub no_open: bool,
     /// The file system answers OPENDIR with ENOSYS.
     pub no_opendir: bool,
+    /// The file system answers for advisory locks; else the kernel does, for the processes of this node.
+    pub locks: bool,
     /// Notifications waiting for the kernel before new ones are refused.
     pub notify_queue: usize,
 }
@@ -64,6 +66,7 @@ impl Default for SessionConfig {
             readdirplus: true,
             no_open: true,
             no_opendir: false,
+            locks: false,
             notify_queue: 1024,
         }
     }

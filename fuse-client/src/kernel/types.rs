@@ -116,6 +116,22 @@ pub struct NodeAttr {
     pub blksize: u32,
 }
 
+/// An advisory lock, as the kernel names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LockRange {
+    /// First byte.
+    pub start: u64,
+    /// Last byte.
+    pub end: u64,
+    /// `F_RDLCK`, `F_WRLCK` or `F_UNLCK`.
+    pub kind: i32,
+    /// Process that has it; 0 if unknown.
+    pub pid: u32,
+}
+
+/// The lock that stands against another; `F_UNLCK`: none does.
+pub type LockOut = LockRange;
+
 /// Answer to a look-up. Each one sent counts as one look-up of `node`, to be returned by FORGET.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct EntryOut {

@@ -4,11 +4,13 @@
 //! Flushes and drops run as tasks of their own, a bounded number at a time; there is at most one for each lease that is on its way back.
 
 use super::keeper::{Config, Counts, Effect, Event, Guard, How, Keeper, OpId, RecallId, What, Why};
+use crate::lock::LockBook;
 use async_trait::async_trait;
 use efc_client::lease::{LeaseLink, News, Who};
 use efc_client::master::MasterClient;
+use efc_common::hint::Hint;
 use efc_common::id::Incarnation;
-use efc_common::lease::{GrantNumber, Moment, Scope, Want};
+use efc_common::lease::{Ask, GrantNumber, Moment, Scope, Want};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use parking_lot::Mutex;
@@ -19,6 +21,10 @@ use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 
 const TICK: Duration = Duration::from_millis(100);
+/// Hints that wait to be taken; more are lost.
+const HINTS: usize = 1024;
+/// Hints are taken so much later, together.
+const HINTS_PAUSE: Duration = Duration::from_millis(100);
 /// Flushes and drops at a time.
 const WORKERS: usize = 64;
 
@@ -29,6 +35,10 @@ pub trait Holder: Send + Sync + 'static {
     async fn flush(&self, scope: &Scope);
     /// Drops names, attributes and pages of this scope.
     async fn drop_cached(&self, scope: &Scope);
+    /// Others changed this, says the store: what is remembered of it is looked at again.
+    async fn hinted(&self, hints: Vec<Hint>) {
+        drop(hints);
+    }
     /// Drops everything: the session is over. Called again if operations of the old life were still running the first time.
     async fn drop_all(&self);
 }
@@ -59,8 +69,10 @@ struct Shared {
     /// Moments count from here.
     base: Instant,
     inner: Mutex<Inner>,
-    link: LeaseLink,
+    link: Arc<LeaseLink>,
+    locks: LockBook,
     holder: Arc<dyn Holder>,
+    hints: mpsc::Sender<Hint>,
     tasks: TaskGroup,
     /// Guards are given back on threads of the kernel session too.
     runtime: tokio::runtime::Handle,
@@ -102,20 +114,25 @@ impl Leases {
     /// Opens a session with the masters and keeps it, in tasks of `tasks` on the runtime it is called in. Operations wait until there is one.
     pub fn start(master: MasterClient, who: Who, config: Config, holder: Arc<dyn Holder>, tasks: &TaskGroup) -> Leases {
         let (link, news) = LeaseLink::start(master, who, tasks);
+        let link = Arc::new(link);
         link.open();
         let keeper = Keeper::new(config);
         let inner = Inner { keeper, waiters: HashMap::new(), ops: 0, life: None, closed: false };
+        let (hints, hinted) = mpsc::channel(HINTS);
         let shared = Arc::new(Shared {
             base: Instant::now(),
             inner: Mutex::new(inner),
+            locks: LockBook::new(link.clone()),
             link,
             holder,
+            hints,
             tasks: tasks.clone(),
             runtime: tokio::runtime::Handle::current(),
             workers: Semaphore::new(WORKERS),
             idle: Notify::new(),
         });
         tasks.spawn(listen(shared.clone(), news));
+        tasks.spawn(take_hints(shared.holder.clone(), hinted));
         Leases { shared }
     }
 
@@ -177,6 +194,11 @@ impl Leases {
     /// Is just this scope leased (a file: apart from its directory)?
     pub fn has(&self, scope: &Scope) -> bool {
         self.shared.inner.lock().keeper.has(scope)
+    }
+
+    /// The advisory locks.
+    pub(crate) fn locks(&self) -> &LockBook {
+        &self.shared.locks
     }
 
     /// How much there is.
@@ -253,7 +275,10 @@ impl Shared {
                 Effect::Send(ask) => {
                     if let Some(life) = inner.life {
                         // What is lost is said again.
-                        self.link.say(life, ask);
+                        match ask {
+                            Ask::Reclaim { .. } => self.locks.say_with_locks(life, ask),
+                            _ => drop(self.link.say(life, ask)),
+                        }
                     }
                 }
                 // An answer that nobody takes is given back by the one who waited, see `Wait`.
@@ -273,6 +298,7 @@ impl Shared {
                 Effect::SessionLost { incarnation } => {
                     tracing::warn!(%incarnation, "the session with the masters was lost; what was remembered is dropped");
                     inner.life = None;
+                    self.locks.lost();
                     if !inner.closed {
                         self.link.open();
                     }
@@ -307,14 +333,30 @@ impl Shared {
         let event = match news {
             News::Opened { incarnation, welcome, sent, .. } => {
                 inner.life = Some(incarnation);
+                self.locks.opened(incarnation);
                 inner.keeper.agree(welcome.times());
                 Event::SessionUp { incarnation, term: welcome.term, sent: self.moment(sent) }
             }
             News::Renewed { incarnation, term, sent } => Event::Renewed { incarnation, term, sent: self.moment(sent) },
             News::Refused { incarnation } => Event::SessionRefused { incarnation },
             News::Told { incarnation, tell } => Event::Told { incarnation, tell },
+            News::Lock { incarnation, tell } => return self.locks.hear(incarnation, tell),
+            // One too many is lost: what it was about is found out later.
+            News::Hint(hint) => return drop(self.hints.try_send(hint)),
         };
         self.feed(&mut inner, event);
+    }
+}
+
+/// Takes hints together: each batch costs the kernel all names it knows.
+async fn take_hints(holder: Arc<dyn Holder>, mut hinted: mpsc::Receiver<Hint>) {
+    while let Some(first) = hinted.recv().await {
+        tokio::time::sleep(HINTS_PAUSE).await;
+        let mut all = vec![first];
+        while let Ok(more) = hinted.try_recv() {
+            all.push(more);
+        }
+        holder.hinted(all).await;
     }
 }
 
@@ -331,6 +373,7 @@ async fn listen(shared: Arc<Shared>, mut news: mpsc::Receiver<News>) {
                 None => return,
             },
             _ = ticks.tick() => {
+                shared.locks.tick();
                 let mut inner = shared.inner.lock();
                 shared.feed(&mut inner, Event::Tick);
             }

@@ -72,7 +72,14 @@ impl Keeper {
         }
         let parts = chunks.len();
         for (part, chunk) in chunks.into_iter().enumerate() {
-            out.push(Effect::Send(Ask::Reclaim { request, term, claims: chunk.to_vec(), part, parts }));
+            out.push(Effect::Send(Ask::Reclaim {
+                request,
+                term,
+                claims: chunk.to_vec(),
+                part,
+                parts,
+                locks: Vec::new(),
+            }));
         }
     }
 

@@ -195,7 +195,7 @@ fn what_a_new_leader_has_not_confirmed_ends_when_the_old_one_would_have_ended_it
     s.now += Duration::from_secs(5);
     let sent = s.now;
     let out = s.on(Event::Renewed { incarnation: Incarnation(1), term: 2, sent });
-    let [Effect::Send(Ask::Reclaim { request, term: 2, claims, part: 0, parts: 1 })] = &out[..] else {
+    let [Effect::Send(Ask::Reclaim { request, term: 2, claims, part: 0, parts: 1, .. })] = &out[..] else {
         panic!("{out:?}")
     };
     assert_eq!((claims[0].scope.clone(), claims[0].mode), (Scope::Dir(dir("a/")), Mode::Exclusive));

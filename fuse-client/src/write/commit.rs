@@ -132,16 +132,12 @@ impl Core {
     }
 
     async fn upload(&self, inner: &mut Inner, condition: &Condition) -> Result<Node> {
-        if inner.stream.is_none() {
-            let upload = self.objects.begin(&inner.locator, &inner.metadata).await?;
-            inner.stream = Some(Stream::new(upload, inner.metadata.clone()));
-        }
-        let outcome = self.upload_parts(inner, condition).await;
-        if outcome.is_err() {
-            self.drop_stream(inner).await;
+        let mut outcome = self.upload_once(inner, condition).await;
+        if outcome.as_ref().is_err_and(|e| e.context("code") == Some("NoSuchUpload")) {
+            // Somebody took this mount for dead and swept it.
+            outcome = self.upload_once(inner, condition).await;
         }
         let (node, given) = outcome?;
-        inner.stream = None;
         let wanted = &inner.metadata;
         let late = Metadata { mtime: wanted.mtime, ..given.clone() };
         if given.mtime.is_none() && late == *wanted {
@@ -152,6 +148,19 @@ impl Core {
             return self.objects.copy((&node.locator, &node.version), &inner.locator, Some(wanted), &ours).await;
         }
         Ok(node)
+    }
+
+    async fn upload_once(&self, inner: &mut Inner, condition: &Condition) -> Result<(Node, Metadata)> {
+        if inner.stream.is_none() {
+            let upload = self.begin(&inner.locator, &inner.metadata).await?;
+            inner.stream = Some(Stream::new(upload, inner.metadata.clone()));
+        }
+        let outcome = self.upload_parts(inner, condition).await;
+        match &outcome {
+            Ok(_) => drop(inner.stream.take().map(|s| self.ended(&s.upload))),
+            Err(_) => self.drop_stream(inner).await,
+        }
+        outcome
     }
 
     async fn upload_parts(&self, inner: &mut Inner, condition: &Condition) -> Result<(Node, Metadata)> {
@@ -169,7 +178,7 @@ impl Core {
                 Err(e) => failed = Some(e),
             }
         }
-        let id = upload.upload.clone();
+        let id = upload.upload.id.clone();
         let given = upload.metadata.clone();
         inner.stream = Some(upload);
         if let Some(e) = failed {

@@ -196,7 +196,7 @@ impl Inner {
         let mut out = Vec::new();
         for piece in self.draft.pieces(range) {
             match piece {
-                Piece::Staged(r) => out.push(self.staging.read(r).await?),
+                Piece::Staged(r) => out.extend(self.staging.pieces(r).await?),
                 Piece::Zero(r) => out.push(BytesMut::zeroed((r.end - r.start) as usize).freeze()),
                 Piece::Base(r) => {
                     let Some(base) = &self.base else { return Err(Error::new(Kind::Stale, "its object is gone")) };
@@ -349,6 +349,15 @@ impl Open {
         Ok(self.state.show(&self.core, &inner))
     }
 
+    /// After a failed attempt to stage: where the staging directory is full, what is staged of this file goes to the store now. Else the error.
+    async fn make_room(&self, inner: &mut Inner, e: Error) -> Result<()> {
+        if !e.is(Kind::NoSpace) || !inner.data_dirty || inner.removed {
+            return Err(e);
+        }
+        tracing::info!(key = %inner.locator.escape_ascii(), error = %e, "a file being written goes to the store before it is closed");
+        self.commit(inner).await
+    }
+
     async fn zero(&self, inner: &mut Inner, range: Range<u64>) -> Result<()> {
         let grown = inner.draft.growth(&range);
         inner.staging.zero(range.clone(), grown).await?;
@@ -394,7 +403,10 @@ impl OpenFile for Open {
             Some(end) if end <= FILE_BYTES_MAX => {}
             _ => return Err(too_large()),
         }
-        inner.stage(offset, data).await?;
+        if let Err(e) = inner.stage(offset, data.clone()).await {
+            self.make_room(&mut inner, e).await?;
+            inner.stage(offset, data).await?;
+        }
         inner.touch();
         self.advance(&mut inner).await;
         Ok(self.state.show(&self.core, &inner))
@@ -449,7 +461,10 @@ impl OpenFile for Open {
             Allocate::PunchHole | Allocate::Zero { keep_size: true } => (range.start..range.end.min(size), size),
             Allocate::Zero { keep_size: false } => (range.start..range.end.min(size), size.max(range.end)),
         };
-        if zeros.start < zeros.end {
+        if zeros.start < zeros.end
+            && let Err(e) = self.zero(&mut inner, zeros.clone()).await
+        {
+            self.make_room(&mut inner, e).await?;
             self.zero(&mut inner, zeros).await?;
         }
         if new_size != size {

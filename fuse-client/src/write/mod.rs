@@ -2,7 +2,8 @@
 //! of the store that they look at.
 //!
 //! - A file that is being written is a *draft* (`draft`: which bytes, `staging`: where they wait, `file`: its operations). It becomes an object
-//!   at `close` or `fsync` (`commit`), with write-back soon after `close` (`later`); long sequential writes are uploaded behind the writer (`stream`).
+//!   at `close` or `fsync` (`commit`), with write-back soon after `close` (`later`); long sequential writes are uploaded behind the writer (`stream`); `ledger` has the
+//!   uploads that are open.
 //! - `names` are the names this mount has changed and listings do not show yet; `meta` is what is known of modes, owners and times.
 //! - `paths` makes, removes and renames; `rename` moves directories, with a journal at the store; `view` is the store as read through all this.
 //!
@@ -13,6 +14,7 @@ mod commit;
 mod draft;
 mod file;
 mod later;
+mod ledger;
 mod meta;
 mod names;
 mod paths;
@@ -35,6 +37,7 @@ use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use file::{FileState, Open};
 use later::Later;
+use ledger::Ledger;
 use meta::Knowledge;
 use names::Overlay;
 use parking_lot::Mutex;
@@ -45,6 +48,8 @@ use tokio::sync::{OnceCell, Semaphore};
 
 /// Names at the mount's root that begin so are EFC's own; never shown.
 pub const OWN_PREFIX: &[u8] = b".efc";
+/// For the ledger of open uploads to be taken away when the mount ends.
+const GOODBYE: Duration = Duration::from_secs(2);
 /// Unit of what may be on its way to the store at once, bytes.
 const UPLOAD_UNIT: u64 = 1 << 20;
 /// So many of these: 64 MiB.
@@ -64,6 +69,7 @@ pub(crate) struct Core {
     uploads: Arc<Semaphore>,
     later: Option<Later>,
     limits: OnceCell<ObjectLimits>,
+    ledger: Ledger,
     instance: u64,
 }
 
@@ -95,6 +101,7 @@ impl ObjectTree {
             uploads: Arc::new(Semaphore::new(UPLOAD_UNITS)),
             later: later.map(Later::new),
             limits: OnceCell::new(),
+            ledger: Ledger::default(),
             instance: rand::random(),
         };
         ObjectTree { core: Arc::new(core) }
@@ -267,7 +274,10 @@ impl Tree for ObjectTree {
     }
 
     async fn settle_all(&self) -> Result<()> {
-        self.core.commit_all(self.core.names.drafts_below(b"")).await
+        self.core.commit_all(self.core.names.drafts_below(b"")).await?;
+        // One that stays behind is found by the next mount.
+        let _ = tokio::time::timeout(GOODBYE, self.core.beat_ledger()).await;
+        Ok(())
     }
 
     async fn forget(&self, dir: &Bytes, name: Option<&[u8]>) {

@@ -194,7 +194,7 @@ impl Core {
         }
     }
 
-    async fn all_below(&self, dir: &Bytes) -> Result<Vec<Bytes>> {
+    pub(super) async fn all_below(&self, dir: &Bytes) -> Result<Vec<Bytes>> {
         let (mut all, mut from) = (Vec::new(), None);
         loop {
             let page = self.objects.keys_below(dir, from).await?;
@@ -237,13 +237,9 @@ impl Core {
 
     /// True if it is done with, false if its owner seems to live.
     async fn recover(&self, locator: &Bytes, dead_after: Duration) -> Result<bool> {
-        let Some((node, _)) = absent_is_none(self.objects.head(locator).await)? else { return Ok(true) };
-        let age = meta::now().secs.saturating_sub(node.attr.mtime.secs);
-        if age < i64::try_from(dead_after.as_secs()).unwrap_or(i64::MAX) {
-            return Ok(false);
-        }
-        let read = self.backend.read(locator, &node.version, 0..node.attr.size).await?;
-        let text = read.try_collect::<Vec<_>>().await?.concat();
+        let Some((node, text)) = self.dead_journal(locator, dead_after).await? else {
+            return Ok(absent_is_none(self.objects.head(locator).await)?.is_none());
+        };
         let record: Record = serde_json::from_slice(&text)
             .map_err(|e| Error::new(Kind::Corrupt, "a journal of renaming is not understood").caused_by(e))?;
         let (source, target) = (Bytes::from(record.source.clone()), Bytes::from(record.target.clone()));
@@ -284,8 +280,9 @@ impl ObjectTree {
         Ok(left)
     }
 
-    /// The same when a mount begins, and again as long as there are some that may be under way.
+    /// The same and the sweep of uploads when a mount begins, and again as long as there are some that may be under way.
     pub async fn recover(&self, tasks: &TaskGroup) {
+        tasks.spawn(self.clone().keep_ledger());
         if self.recover_and_say().await {
             return;
         }
@@ -301,13 +298,13 @@ impl ObjectTree {
     }
 
     async fn recover_and_say(&self) -> bool {
-        match self.recover_renames(DEAD_AFTER).await {
-            Ok(left) => left == 0,
-            Err(e) => {
-                tracing::warn!(error = %e, "a rename that was cut short could not be ended");
-                false
-            }
-        }
+        let renamed = self.recover_renames(DEAD_AFTER).await;
+        let renamed =
+            renamed.inspect_err(|e| tracing::warn!(error = %e, "a rename that was cut short could not be ended"));
+        let swept = self.sweep_uploads(DEAD_AFTER).await;
+        let swept =
+            swept.inspect_err(|e| tracing::warn!(error = %e, "uploads of mounts that died could not be thrown away"));
+        matches!((renamed, swept), (Ok(0), Ok(0)))
     }
 }
 

@@ -1,10 +1,13 @@
 //! Where bytes wait that the store does not have yet: small files in memory, larger ones in an unlinked sparse file of the staging directory.
 //!
-//! Both are bounded for the whole mount. Memory that is spent sends a file to disk; disk that is spent is ENOSPC, which writers understand. What is
+//! Both are bounded for the whole mount. Memory that is spent sends a file to disk; disk that is spent is ENOSPC, and then the file goes to the store before its time. What is
 //! staged does not survive the process: a file is at the store when `close(2)` or `fsync(2)` has said so.
+//!
+//! What was written last, in order, is also kept as it came, as long as memory is not scarce: who uploads behind the writer sends these very bytes.
 
 use bytes::Bytes;
 use efc_common::{Error, Kind, Result};
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -14,6 +17,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Files up to this length may stay in memory, bytes.
 const MEMORY_FILE_MAX: u64 = 1 << 20;
+/// Of a file on disk at most so many bytes are kept as they came: two parts of an upload.
+const RECENT_BYTES_MAX: u64 = 16 << 20;
 
 /// Room for all staged bytes of a mount.
 #[derive(Debug)]
@@ -69,17 +74,73 @@ enum Store {
     File(Arc<File>),
 }
 
+/// What was written last, without a gap: a copy of what is in the file.
+#[derive(Default)]
+struct Recent {
+    start: u64,
+    end: u64,
+    pieces: VecDeque<Bytes>,
+}
+
+impl Recent {
+    fn forget(&mut self, space: &Space) {
+        space.memory.give(self.end - self.start);
+        *self = Recent::default();
+    }
+
+    /// Keeps `data`, which was written at `offset`.
+    fn add(&mut self, space: &Space, offset: u64, data: Bytes) {
+        let len = data.len() as u64;
+        if offset != self.end {
+            self.forget(space);
+            (self.start, self.end) = (offset, offset);
+        }
+        while !self.pieces.is_empty() && self.end - self.start + len > RECENT_BYTES_MAX {
+            self.forget_first(space);
+        }
+        if len > RECENT_BYTES_MAX || space.is_scarce() || !space.memory.take(len) {
+            return self.forget(space);
+        }
+        self.end += len;
+        self.pieces.push_back(data);
+    }
+
+    fn forget_first(&mut self, space: &Space) {
+        let len = self.pieces.pop_front().map_or(0, |p| p.len() as u64);
+        self.start += len;
+        space.memory.give(len);
+    }
+
+    /// The bytes of `range`, if all of them are here.
+    fn get(&self, range: &Range<u64>) -> Option<Vec<Bytes>> {
+        if range.start < self.start || range.end > self.end {
+            return None;
+        }
+        let mut at = self.start;
+        let mut out = Vec::new();
+        for piece in &self.pieces {
+            let (from, to) = (range.start.max(at), range.end.min(at + piece.len() as u64));
+            if from < to {
+                out.push(piece.slice((from - at) as usize..(to - at) as usize));
+            }
+            at += piece.len() as u64;
+        }
+        Some(out)
+    }
+}
+
 /// The staged bytes of one file, each at its place.
 pub(super) struct Staging {
     space: Arc<Space>,
     store: Store,
     held: u64,
+    recent: Recent,
 }
 
 impl Staging {
     /// Nothing is staged.
     pub(super) fn new(space: Arc<Space>) -> Staging {
-        Staging { space, store: Store::Memory(Vec::new()), held: 0 }
+        Staging { space, store: Store::Memory(Vec::new()), held: 0, recent: Recent::default() }
     }
 
     /// Stages `data` at `offset`; `grown` bytes of it were not staged before.
@@ -92,8 +153,13 @@ impl Staging {
                 Ok(())
             }
             Store::File(file) => {
-                let file = file.clone();
-                blocking(move || file.write_all_at(&data, offset)).await
+                if offset != self.recent.end {
+                    self.recent.forget(&self.space);
+                }
+                let (file, copy) = (file.clone(), data.clone());
+                blocking(move || file.write_all_at(&copy, offset)).await?;
+                self.recent.add(&self.space, offset, data);
+                Ok(())
             }
         }
     }
@@ -101,6 +167,7 @@ impl Staging {
     /// Stages zeros.
     pub(super) async fn zero(&mut self, range: Range<u64>, grown: u64) -> Result<()> {
         self.room(range.end, grown).await?;
+        self.recent.forget(&self.space);
         match &mut self.store {
             Store::Memory(all) => {
                 all[range.start as usize..range.end as usize].fill(0);
@@ -113,8 +180,15 @@ impl Staging {
         }
     }
 
-    /// Staged bytes.
-    pub(super) async fn read(&self, range: Range<u64>) -> Result<Bytes> {
+    /// Staged bytes, in as many pieces as they are at hand in.
+    pub(super) async fn pieces(&self, range: Range<u64>) -> Result<Vec<Bytes>> {
+        match self.recent.get(&range) {
+            Some(pieces) => Ok(pieces),
+            None => Ok(vec![self.read(range).await?]),
+        }
+    }
+
+    async fn read(&self, range: Range<u64>) -> Result<Bytes> {
         match &self.store {
             Store::Memory(all) => {
                 let part = all.get(range.start as usize..range.end as usize);
@@ -141,6 +215,7 @@ impl Staging {
 
     /// `freed` bytes are no longer staged.
     pub(super) fn free(&mut self, freed: u64) {
+        self.recent.forget(&self.space);
         if let Store::File(_) = self.store {
             let freed = freed.min(self.held);
             self.space.disk.give(freed);
@@ -150,6 +225,7 @@ impl Staging {
 
     /// Forgets everything.
     pub(super) fn clear(&mut self) {
+        self.recent.forget(&self.space);
         match &self.store {
             Store::Memory(_) => self.space.memory.give(self.held),
             Store::File(_) => self.space.disk.give(self.held),

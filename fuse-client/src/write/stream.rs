@@ -5,9 +5,9 @@
 
 use super::file::Open;
 use super::file::{FILE_BYTES_MAX, Inner};
+use super::ledger::Upload;
 use super::{Core, UPLOAD_UNIT};
-use bytes::Bytes;
-use efc_backend::objects::{Metadata, Part, UploadId};
+use efc_backend::objects::{Metadata, Part};
 use efc_common::{Error, Kind, Result};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -44,7 +44,7 @@ struct Sent {
 
 /// An upload under way.
 pub(super) struct Stream {
-    pub(super) upload: UploadId,
+    pub(super) upload: Upload,
     /// What the object gets.
     pub(super) metadata: Metadata,
     sent: BTreeMap<u32, Sent>,
@@ -52,7 +52,7 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    pub(super) fn new(upload: UploadId, metadata: Metadata) -> Stream {
+    pub(super) fn new(upload: Upload, metadata: Metadata) -> Stream {
         Stream { upload, metadata, sent: BTreeMap::new(), next: 1 }
     }
 
@@ -98,9 +98,10 @@ impl Core {
     pub(super) async fn drop_stream(&self, inner: &mut Inner) {
         let Some(mut stream) = inner.stream.take() else { return };
         stream.quiet().await;
-        if let Err(e) = self.objects.abort(&inner.locator, &stream.upload).await {
-            // The sweep of open uploads finds it.
-            tracing::debug!(error = %e, "an upload stays open");
+        match self.objects.abort(&inner.locator, &stream.upload.id).await {
+            Ok(()) => self.ended(&stream.upload),
+            // It stays in the ledger.
+            Err(e) => tracing::debug!(error = %e, "an upload stays open"),
         }
     }
 }
@@ -126,7 +127,7 @@ impl Open {
             }
             // The time of the last write is not known yet: the store's own has to do.
             let metadata = Metadata { mtime: None, ..inner.metadata.clone() };
-            let upload = core.objects.begin(&inner.locator, &metadata).await?;
+            let upload = core.begin(&inner.locator, &metadata).await?;
             inner.stream = Some(Stream::new(upload, metadata));
         }
         while let Some(next) = inner.stream.as_ref().map(|s| s.next) {
@@ -135,12 +136,12 @@ impl Open {
                 break;
             }
             let room = core.room(range.end - range.start).await?;
-            let data: Bytes = inner.staging.read(range).await?;
+            let data = inner.staging.pieces(range).await?;
             let Some(stream) = &mut inner.stream else { break };
-            let (objects, locator, upload) = (core.objects.clone(), inner.locator.clone(), stream.upload.clone());
+            let (objects, locator, upload) = (core.objects.clone(), inner.locator.clone(), stream.upload.id.clone());
             let send = async move {
                 let _room = room;
-                objects.part(&locator, &upload, next, vec![data]).await
+                objects.part(&locator, &upload, next, data).await
             };
             stream.sent.insert(next, Sent { task: tokio::spawn(send), valid: true });
             stream.next = next + 1;

@@ -21,6 +21,11 @@ struct Rig {
 }
 
 async fn rig(s3: bool) -> Rig {
+    rig_with(s3, 1 << 20, 1 << 30).await
+}
+
+/// With so much room for what is staged, in memory and on disk.
+async fn rig_with(s3: bool, memory: u64, disk: u64) -> Rig {
     let options = if s3 { OssOptions::s3() } else { OssOptions::default() };
     let region = options.region.clone();
     // It has a runtime of its own, which is not made inside another.
@@ -28,12 +33,12 @@ async fn rig(s3: bool) -> Rig {
     let server = started.join().expect("started");
     server.create_bucket("b");
     let dir = tempfile::tempdir().expect("dir");
-    let tree = another(&server, s3, &region, dir.path()).await;
+    let tree = tree(&server, s3, &region, Space::new(dir.path().join("staging"), memory, disk)).await;
     let root = tree.core.root.clone();
     Rig { server, tree, root, _dir: dir }
 }
 
-async fn another(server: &OssServer, s3: bool, region: &str, dir: &std::path::Path) -> ObjectTree {
+async fn tree(server: &OssServer, s3: bool, region: &str, space: Arc<Space>) -> ObjectTree {
     let options = [("endpoint", server.endpoint()), ("region", region.to_string()), ("deadline", "5s".into())];
     let options = options.into_iter().map(|(k, v)| (k.to_string(), v)).collect();
     let url = if s3 { "s3://b/m" } else { "oss://b/m" };
@@ -41,7 +46,6 @@ async fn another(server: &OssServer, s3: bool, region: &str, dir: &std::path::Pa
     let keys = StaticKeys { id: "efckey".into(), secret: Secret::new("efcsecret"), token: Secret::new("") };
     let origin = connect_counted(&spec, Some(&keys)).await.expect("origin");
     let root = origin.backend.root().await.expect("root").locator;
-    let space = Space::new(dir.join("staging"), 1 << 20, 1 << 30);
     ObjectTree::new(origin.objects.expect("objects"), origin.backend, root, space, TTL, None)
 }
 
@@ -152,9 +156,10 @@ async fn run(rig: &Rig, name: &str, ops: Vec<Op>) -> std::result::Result<(), Tes
 #[test]
 fn files_are_what_a_vector_is() {
     let runtime = tokio::runtime::Runtime::new().expect("runtime");
-    for s3 in [true, false] {
-        let rig = runtime.block_on(rig(s3));
-        let mut runner = TestRunner::new(Config::with_cases(40));
+    // With little memory; with enough of it to keep what was written last; with so little room on disk that files go to the store before they are closed.
+    for (s3, memory, disk) in [(true, 1 << 20, 1 << 30), (false, 64 << 20, 1 << 30), (true, 64 << 20, 6 << 20)] {
+        let rig = runtime.block_on(rig_with(s3, memory, disk));
+        let mut runner = TestRunner::new(Config::with_cases(30));
         let outcome = runner.run(&vec(op(), 1..20), |ops| {
             let name = format!("f{:x}", rand::random::<u64>());
             runtime.block_on(run(&rig, &name, ops))
@@ -241,6 +246,43 @@ async fn a_directory_moves_with_everything_below() {
         file.close().await.expect("close");
         assert_eq!(rig.behind("g/e/draft").expect("draft")[..], b"draft!"[..]);
         assert_eq!(tree.find_overlay(root, b"d", Instant::now() - Duration::from_millis(500)), Some(None));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_of_a_mount_that_died_are_swept_and_those_of_others_are_not() {
+    for begun in [true, false] {
+        let rig = rig(true).await;
+        let key = Bytes::from_static(b"m/big");
+        ledger::leave_open(&rig.tree.core, &key, begun).await;
+        // Somebody else's, of another key; and one that this mount has open.
+        let theirs =
+            rig.tree.core.objects.begin(&Bytes::from_static(b"m/theirs"), &Metadata::default()).await.expect("begin");
+        let space = Space::new("/nonexistent".into(), 1 << 20, 0);
+        let next = tree(&rig.server, true, &OssOptions::s3().region, space).await;
+        let own = next.core.begin(&Bytes::from_static(b"m/own"), &Metadata::default()).await.expect("begin");
+        assert_eq!(next.sweep_uploads(rename::DEAD_AFTER).await.expect("sweep"), 1, "its owner may live");
+        assert_eq!(next.core.objects.open_uploads().await.expect("list").len(), 3);
+        assert_eq!(next.sweep_uploads(Duration::ZERO).await.expect("sweep"), 0);
+        let mut left: Vec<_> =
+            next.core.objects.open_uploads().await.expect("list").into_iter().map(|u| u.id).collect();
+        let mut wanted = vec![theirs, own.id.clone()];
+        left.sort_by(|a, b| a.0.cmp(&b.0));
+        wanted.sort_by(|a, b| a.0.cmp(&b.0));
+        assert_eq!(left, wanted, "begun: {begun}");
+        // The first was only asleep: it finds out, and begins anew.
+        rig.tree.core.beat_ledger().await.expect("beat");
+        let file = rig.make("big", &vec![7; 30 << 20]).await;
+        let open = rig.tree.core.objects.open_uploads().await.expect("list");
+        let upload = open.into_iter().find(|u| u.locator == key).expect("it is sent behind the writer").id;
+        rig.tree.core.objects.abort(&key, &upload).await.expect("abort");
+        file.close().await.expect("sent again");
+        assert!(rig.behind("big").is_some_and(|b| b == vec![7; 30 << 20]));
+        next.core.ended(&own);
+        next.settle_all().await.expect("end");
+        rig.tree.settle_all().await.expect("end");
+        let journals = rig.server.keys("b").into_iter().filter(|k| k.starts_with(b"m/.efc/")).count();
+        assert_eq!(journals, 1, "of the first mount, which does not know that its upload was thrown away");
     }
 }
 

@@ -52,6 +52,9 @@ struct Flags {
     /// Where HTTP listens: /metrics, /healthz, /status; port 0 takes a free one
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0")]
     http: String,
+    /// Take notes of changes from OSS, S3, SNS or EventBridge at POST /events from senders that know this word (`Authorization: Bearer WORD` or `?token=WORD`)
+    #[arg(long, value_name = "WORD", env = "EFC_EVENTS_TOKEN", hide_env_values = true)]
+    events_token: Option<String>,
     /// All masters of a new group, the same list on each: 1=host:port,2=host:port,3=host:port
     #[arg(long, value_name = "ID=HOST:PORT", value_delimiter = ',', value_parser = parse_peer, conflicts_with = "join")]
     peers: Vec<(u64, String)>,
@@ -126,6 +129,7 @@ impl Flags {
             listen: self.listen.clone(),
             advertise: self.advertise.clone(),
             http: self.http.clone(),
+            events_token: self.events_token.clone(),
             data_dir: self.data_dir.clone(),
             peers,
             join: self.join.clone(),

@@ -5,15 +5,20 @@
 //! term would not do: a leader that is killed and comes back quickly goes on leading in its term, without its memory. A proof that this desk
 //! may answer is a linearizable read that finds no later office; the end of a silent session is agreed on only for the office that noticed it.
 //!
+//! The table of advisory locks is the office's too: it is opened and its sessions end with the engine's.
+//!
 //! Sessions begin and end by the log: their lives come from apply, in its order. A desk that loses track of them resigns.
 //!
 //! The desk's clock does not count time in which this process stood still, so that nobody is fenced for silence that it could not hear.
 
 use super::{Bounds, Effect, Engine, Event};
+use crate::lock::LockTable;
 use crate::raft::Node;
 use crate::state::Life;
+use efc_common::hint::Hint;
 use efc_common::id::{Incarnation, SessionId};
-use efc_common::lease::{Moment, Tell, Times};
+use efc_common::lease::{Ask, Moment, Tell, Times};
+use efc_common::lock::{LockState, LockTell};
 use efc_common::metrics::{counter, gauge};
 use efc_common::{Error, Kind, Result};
 use efc_proto::control::LeaseTell;
@@ -82,6 +87,7 @@ struct Office {
     number: u64,
     times: Times,
     engine: Engine,
+    locks: LockTable,
     clock: Clock,
     lives: broadcast::Receiver<Life>,
     streams: HashMap<SessionId, Stream>,
@@ -152,6 +158,7 @@ impl Desk {
             number,
             times,
             engine: Engine::new(times, Bounds::default()),
+            locks: LockTable::default(),
             clock,
             lives,
             streams: HashMap::new(),
@@ -198,6 +205,9 @@ impl Desk {
         let counts = office.engine.counts();
         gauge!("efc_master_leases").set(counts.leases as f64);
         gauge!("efc_master_lease_waits").set(counts.waiting as f64);
+        let (locks, waiting) = office.locks.counts();
+        gauge!("efc_master_locks").set(locks as f64);
+        gauge!("efc_master_lock_waits").set(waiting as f64);
         let pulse = PULSE.min(office.times.lease / 8);
         let due = office.engine.next_due().map_or(pulse, |at| at.saturating_sub(office.clock.now).min(pulse));
         office.armed = office.clock.now + due;
@@ -252,9 +262,30 @@ impl Desk {
         match up {
             Up::Hello { .. } => return Err(Error::new(Kind::Invalid, "a stream says once who it is")),
             Up::Renew { renewal } => self.feed(office, Event::Renewed { session, incarnation }, renewal),
-            Up::Ask(ask) => self.feed(office, Event::Said { session, incarnation, ask }, 0),
+            Up::Ask(mut ask) => {
+                if let Ask::Reclaim { term, locks, .. } = &mut ask
+                    && *term == office.number
+                {
+                    let locks = std::mem::take(locks);
+                    office.hear_locks(session, incarnation, locks);
+                }
+                self.feed(office, Event::Said { session, incarnation, ask }, 0);
+            }
+            Up::Locks(state) => office.hear_locks(session, incarnation, vec![state]),
         }
         Ok(())
+    }
+
+    /// Tells all sessions what was changed in buckets, but for those that have much to read already. How many.
+    pub(crate) fn hint(&self, hints: &[Hint]) -> u64 {
+        let mut inner = self.inner.lock();
+        let Some(office) = inner.office.as_mut() else { return 0 };
+        let reads = |s: &Stream| s.out.capacity() > OUT_QUEUE / 2;
+        let told: Vec<SessionId> = office.streams.iter().filter(|(_, s)| reads(s)).map(|(id, _)| *id).collect();
+        for session in &told {
+            hints.iter().for_each(|hint| office.say(*session, &Down::Hint(hint.clone())));
+        }
+        told.len() as u64
     }
 
     /// What waits for a proof, if anything does.
@@ -292,10 +323,12 @@ impl Desk {
         loop {
             match office.lives.try_recv() {
                 Ok(Life::Begun(session, incarnation)) => {
+                    office.change_locks(|locks, out| locks.end(session, out));
                     self.feed(office, Event::SessionUp { session, incarnation }, 0);
                 }
                 Ok(Life::Ended(session, incarnation)) => {
                     self.feed(office, Event::SessionEnded { session, incarnation }, 0);
+                    office.change_locks(|locks, out| locks.end(session, out));
                 }
                 Err(broadcast::error::TryRecvError::Empty) => return Some(()),
                 Err(_) => {
@@ -316,6 +349,9 @@ impl Desk {
         office.engine.on(now, event, &mut effects);
         for effect in effects {
             self.carry_out(office, effect, renewal);
+        }
+        if office.engine.serves() {
+            office.change_locks(LockTable::open);
         }
         if office.engine.next_due().is_some_and(|at| at < office.armed) {
             // Once is enough until the clerk has looked.
@@ -363,6 +399,21 @@ impl Office {
         Welcome { term: self.number, lease: self.times.lease, margin: self.times.margin }
     }
 
+    fn hear_locks(&mut self, session: SessionId, incarnation: Incarnation, states: Vec<LockState>) {
+        // A life that is over holds nothing.
+        if self.engine.is_up(session, incarnation) {
+            self.change_locks(|locks, out| states.into_iter().for_each(|state| locks.say(session, state, out)));
+        }
+    }
+
+    fn change_locks(&mut self, change: impl FnOnce(&mut LockTable, &mut Vec<(SessionId, LockTell)>)) {
+        let mut out = Vec::new();
+        change(&mut self.locks, &mut out);
+        for (session, tell) in out {
+            self.say(session, &Down::Lock(tell));
+        }
+    }
+
     /// To the stream of a session; one that does not read is cut off.
     fn say(&mut self, session: SessionId, down: &Down) {
         let Some(stream) = self.streams.get(&session) else { return };
@@ -381,6 +432,8 @@ fn end_streams(office: &Office, why: &Error) {
     }
     gauge!("efc_master_leases").set(0.0);
     gauge!("efc_master_lease_waits").set(0.0);
+    gauge!("efc_master_locks").set(0.0);
+    gauge!("efc_master_lock_waits").set(0.0);
 }
 
 /// The times that follow from the lease time. A client's belief ends a fifth of it earlier.

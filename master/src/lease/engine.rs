@@ -307,6 +307,16 @@ impl Engine {
         self.insert_session(t.now, session, incarnation);
     }
 
+    /// May this life of a session hold anything?
+    pub fn is_up(&self, session: SessionId, incarnation: Incarnation) -> bool {
+        self.objection(session, incarnation).is_none()
+    }
+
+    /// Have all who could believe anything claimed it?
+    pub fn serves(&self) -> bool {
+        self.phase == Phase::Serving
+    }
+
     /// None: this life may speak.
     fn objection(&self, session: SessionId, incarnation: Incarnation) -> Option<Reason> {
         match self.sessions.get(&session) {
@@ -344,7 +354,7 @@ impl Engine {
             {
                 self.release(t, session, &scope, number, keep_shared);
             }
-            (Ask::Reclaim { request, term, claims, part, parts }, None) if term == self.term => {
+            (Ask::Reclaim { request, term, claims, part, parts, .. }, None) if term == self.term => {
                 self.reclaim(t, session, request, claims);
                 self.note_part(t, session, request, part, parts);
             }

@@ -204,8 +204,14 @@ fn a_new_leader_hears_claims_before_it_grants() {
     assert_eq!(s.on(Event::Office { term: 2, sessions }), "");
     let claim =
         |scope: Scope, mode: Mode| Claim { scope, mode, number: GrantNumber::before(1).next(), exceptions: vec![] };
-    let reclaim =
-        |claims: Vec<Claim>, part: usize| Ask::Reclaim { request: RequestId(9), term: 2, claims, part, parts: 2 };
+    let reclaim = |claims: Vec<Claim>, part: usize| Ask::Reclaim {
+        request: RequestId(9),
+        term: 2,
+        claims,
+        part,
+        parts: 2,
+        locks: vec![],
+    };
     assert_eq!(s.acquire(2, Want::read(dir("a/"))), "");
     assert_eq!(s.say(1, reclaim(vec![claim(Scope::Dir(dir("a/")), Mode::Exclusive)], 0)), "1:wa/");
     assert_eq!(s.say(2, reclaim(vec![claim(Scope::Dir(dir("a/")), Mode::Shared)], 0)), "2!Conflict");
@@ -224,9 +230,12 @@ fn a_late_copy_of_a_claim_gives_nothing_that_was_given_back() {
     let scope = Scope::Dir(dir("a/"));
     let number = GrantNumber::before(1).next();
     let claims = vec![Claim { scope: scope.clone(), mode: Mode::Exclusive, number, exceptions: vec![] }];
-    let claim = Ask::Reclaim { request: RequestId(9), term: 2, claims, part: 0, parts: 1 };
+    let claim = Ask::Reclaim { request: RequestId(9), term: 2, claims, part: 0, parts: 1, locks: vec![] };
     assert_eq!(s.say(1, claim.clone()), "1:wa/");
-    assert_eq!(s.say(2, Ask::Reclaim { request: RequestId(9), term: 2, claims: vec![], part: 0, parts: 1 }), "prove");
+    assert_eq!(
+        s.say(2, Ask::Reclaim { request: RequestId(9), term: 2, claims: vec![], part: 0, parts: 1, locks: vec![] }),
+        "prove"
+    );
     s.on(Event::Proved { term: 2 });
     s.release(1, scope.clone(), true);
     assert_eq!(s.acquire(2, Want::read(dir("a/"))), "2:ra/");

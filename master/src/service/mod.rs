@@ -15,6 +15,7 @@ use efc_common::id::{Incarnation, SessionId, WorkerId};
 use efc_common::{Error, Kind, Result};
 use efc_proto::control::cluster_server::{Cluster, ClusterServer};
 use efc_proto::control::*;
+use efc_proto::lease::hint_from_wire;
 use efc_proto::status::to_status;
 use std::sync::Arc;
 use std::time::Duration;
@@ -345,6 +346,11 @@ impl Cluster for Door {
 
     async fn list_sessions(&self, _: Request<ListSessionsRequest>) -> Answer<ListSessionsReply> {
         answer(self.sessions())
+    }
+
+    async fn hint(&self, r: Request<HintRequest>) -> Answer<HintReply> {
+        let hints = r.into_inner().hints.into_iter().map(hint_from_wire).collect::<Result<Vec<_>>>();
+        answer(self.node.lead().and(hints).map(|hints| HintReply { sessions: self.desk.hint(&hints) }))
     }
 
     async fn add_master(&self, r: Request<MasterNode>) -> Answer<StatusReply> {

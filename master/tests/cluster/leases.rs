@@ -122,7 +122,14 @@ impl Client {
         let claim =
             |(key, number)| Claim { scope: Scope::Dir(dir(key)), mode: Mode::Exclusive, number, exceptions: vec![] };
         let claims = held.map(claim).into_iter().collect();
-        let ask = Ask::Reclaim { request: RequestId(self.requests), term: self.term, claims, part: 0, parts: 1 };
+        let ask = Ask::Reclaim {
+            request: RequestId(self.requests),
+            term: self.term,
+            claims,
+            part: 0,
+            parts: 1,
+            locks: vec![],
+        };
         assert!(self.link.say(self.life, ask));
     }
 }

@@ -175,6 +175,11 @@ impl OssServer {
         self.shared.state.lock().get(bucket).map_or_else(Vec::new, |b| b.objects.keys().cloned().collect())
     }
 
+    /// Uploads of a bucket that were begun and not ended.
+    pub fn open_uploads(&self, bucket: &str) -> usize {
+        self.shared.state.lock().get(bucket).map_or(0, |b| b.uploads.len())
+    }
+
     /// Replaces who may come: rotated keys, expired tokens.
     pub fn set_identities(&self, identities: Vec<Identity>) {
         *self.shared.identities.lock() = identities;
