@@ -163,7 +163,20 @@ impl Core {
         let probes = page.entries.into_iter().map(|e| e.node);
         let probes = probes.filter(|n| n.locator.starts_with(&prefix) && n.attr.mtime.secs <= before);
         let probes: Vec<Bytes> = probes.map(|n| n.locator).collect();
-        if probes.is_empty() { Ok(()) } else { Core::deleted(self.objects.delete(&probes).await?) }
+        if !probes.is_empty() {
+            Core::deleted(self.objects.delete(&probes).await?)?;
+        }
+        let open = match self.objects.open_uploads().await {
+            Err(e) if e.is(Kind::PermissionDenied) || e.is(Kind::Unsupported) => {
+                tracing::debug!(error = %e, "open uploads cannot be listed");
+                return Ok(());
+            }
+            open => open?,
+        };
+        for upload in open.iter().filter(|u| u.locator.starts_with(&prefix) && u.begun.secs <= before) {
+            self.objects.abort(&upload.locator, &upload.id).await?;
+        }
+        Ok(())
     }
 
     /// Aborts what is in the ledger of a mount that died. How many uploads that were.
