@@ -38,9 +38,10 @@ fn ever() -> Instant {
 }
 
 impl Core {
-    /// Nothing that this mount made has the name.
+    /// No file that only this mount has is called so. What it has made at the store others may have removed since: for that the store is asked, by who looks before, or by the
+    /// condition of the first commit.
     fn is_free(&self, dir: &Bytes, name: &[u8]) -> Result<()> {
-        match self.names.find(dir, name, ever()) {
+        match self.names.find(dir, name, Instant::now()) {
             Some(Some(_)) => Err(exists()),
             _ => Ok(()),
         }
@@ -49,6 +50,7 @@ impl Core {
     pub(super) async fn create_file(self: &Arc<Self>, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node> {
         let locator = self.objects.child(dir, name, false)?;
         self.is_free(dir, name)?;
+        self.detach_removed(&locator).await?;
         let name = Bytes::copy_from_slice(name);
         let state = FileState::made(self, &locator, (dir, &name), metadata(new, libc::S_IFREG));
         {
@@ -61,6 +63,23 @@ impl Core {
         self.names.draft(dir, &name, state.clone());
         self.known.touch_dir(dir);
         Ok(state.node())
+    }
+
+    /// A file that is still in use here without changes, or is just being let go, and that others have removed, makes way for a new one of its name.
+    async fn detach_removed(self: &Arc<Self>, locator: &Bytes) -> Result<()> {
+        if self.file(locator).is_none() {
+            return Ok(());
+        }
+        let open = self.enter(locator);
+        let mut inner = open.state.inner.lock().await;
+        if inner.removed {
+            return Ok(());
+        }
+        if inner.is_dirty() || absent_is_none(self.head(locator).await)?.is_some() {
+            return Err(exists());
+        }
+        self.nameless(&open, &mut inner);
+        Ok(())
     }
 
     pub(super) async fn create_directory(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node> {

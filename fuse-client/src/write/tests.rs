@@ -215,6 +215,13 @@ async fn names_are_seen_before_the_store_has_them_and_go_with_their_drafts() {
     rig.tree.remove(&rig.root, b"draft", false).await.expect("remove");
     draft.close().await.expect("nothing to do");
     assert!(rig.behind("draft").is_none());
+    // A file that is still open, and that others have removed, does not keep its name.
+    let kept = rig.make("kept", b"x").await;
+    kept.close().await.expect("close");
+    assert!(rig.tree.create(&rig.root, b"kept", &new(New::File)).await.is_err_and(|e| e.is(Kind::AlreadyExists)));
+    rig.server.remove("b", "m/kept");
+    rig.make("kept", b"y").await.close().await.expect("made again");
+    assert_eq!(&rig.behind("kept").expect("there")[..], b"y");
 }
 
 #[tokio::test(flavor = "multi_thread")]
