@@ -5,7 +5,7 @@ use efc_common::block::{GRANULE_BYTES, SEGMENT_BYTES};
 use efc_common::checksum;
 use efc_common::{Error, Kind, Result};
 use efc_proto::data;
-use efc_proto::shared::Seals;
+use efc_proto::shared::{Seals, in_whole_file};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 
@@ -49,7 +49,7 @@ impl SharedMemory {
             return Ok(None);
         }
         let start = out.len();
-        let file = self.whole.as_ref().filter(|_| slot % 2 == 1).unwrap_or(&self.data);
+        let file = self.whole.as_ref().filter(|_| in_whole_file(slot)).unwrap_or(&self.data);
         if !copy(file, place.at + wide.start as u64, wide.len(), out)? || self.seals.get(slot) != Some(place.seal) {
             out.truncate(start);
             return Ok(None);

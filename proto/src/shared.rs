@@ -21,6 +21,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
+/// Does a slot lie in the file of whole segments, where there is one? Every other slot does.
+pub fn in_whole_file(slot: u64) -> bool {
+    slot % 2 == 1
+}
+
 /// The seals of a memory tier, mapped.
 #[derive(Debug)]
 pub struct Seals {

@@ -12,6 +12,7 @@ use efc_common::id::SegmentKey;
 
 use super::policy::{Candidate, EvictionPolicy};
 use super::segment::Entry;
+use super::whole::WholeFile;
 
 /// Room a file system gives at least.
 const PAGE_BYTES: u64 = 4096;
@@ -87,7 +88,7 @@ impl Free {
 
     /// Takes back a slot that was punched.
     pub(super) fn give(&mut self, slot: u32) {
-        self.punched[self.kind(slot % 2 == 1)].push(slot);
+        self.punched[self.kind(WholeFile::has(slot))].push(slot);
     }
 
     /// Slots that take room beside their bytes (a record in the index, or a marker), one more counted if [`Free::take`] would

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 
 use efc_common::block::SEGMENT_BYTES;
+use efc_proto::shared::in_whole_file;
 use parking_lot::Mutex;
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
@@ -65,7 +66,7 @@ impl WholeFile {
 
     /// Is `slot` one of its?
     pub(super) fn has(slot: u32) -> bool {
-        slot % 2 == 1
+        in_whole_file(slot as u64)
     }
 
     /// The file; slot `s` lies at the offset it has in every data file.

@@ -35,7 +35,7 @@ impl Shared {
     /// GETLK: the lock that stands against `range`, if any.
     pub(super) async fn test_lock(&self, inode: &Inode, fh: u64, owner: u64, range: LockRange) -> Result<Had<LockOut>> {
         let Some(beliefs) = self.beliefs.as_ref() else { return Ok(Err(NoLock::NotNow)) };
-        let lock = Lock { start: range.start, end: range.end, exclusive: range.kind == libc::F_WRLCK };
+        let lock = wanted(range);
         let by = self.asker(inode, owner, fh, range.pid)?;
         let asked =
             tokio::time::timeout(beliefs.deadline, beliefs.leases.locks().lock(&by, lock, Patience::Test)).await;
@@ -66,7 +66,7 @@ impl Shared {
             beliefs.leases.locks().unlock(&by.file, by.owner, range.start, range.end).await;
             return Ok(Ok(()));
         }
-        let lock = Lock { start: range.start, end: range.end, exclusive: range.kind == libc::F_WRLCK };
+        let lock = wanted(range);
         let patience = if wait { Patience::Wait } else { Patience::Try };
         let verdict = tokio::select! {
             verdict = beliefs.leases.locks().lock(&by, lock, patience) => verdict?,
@@ -98,6 +98,10 @@ impl Shared {
             beliefs.leases.locks().close(&file, fh).await;
         }
     }
+}
+
+fn wanted(range: LockRange) -> Lock {
+    Lock { start: range.start, end: range.end, exclusive: range.kind == libc::F_WRLCK }
 }
 
 /// Or why not.

@@ -34,6 +34,7 @@ use efc_common::lease::Mode;
 use efc_common::node::{Attr, FileKind, Node};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
+use futures::TryFutureExt;
 use locks::Had;
 use open::OpenFiles;
 use parking_lot::Mutex;
@@ -190,6 +191,20 @@ impl EfcFs {
         T: Answer + Send + 'static,
         F: Future<Output = Result<(T, Permit)>> + Send + 'static,
     {
+        self.respond(operation, node, reply, |s, inode| work(s, inode).map_ok(|(answer, permit)| (Ok(answer), permit)));
+    }
+
+    /// The same, for what can be refused without an error of anybody's.
+    fn respond<T, F>(
+        &self,
+        operation: &'static str,
+        node: u64,
+        reply: Reply<T>,
+        work: impl FnOnce(Arc<Shared>, Arc<Inode>) -> F + Send + 'static,
+    ) where
+        T: Answer + Send + 'static,
+        F: Future<Output = Result<(std::result::Result<T, Errno>, Permit)>> + Send + 'static,
+    {
         let inode = match self.inode(node) {
             Ok(i) => i,
             Err(e) => return reply.error(errno_of(&e)),
@@ -197,7 +212,7 @@ impl EfcFs {
         self.spawn(|s| async move {
             match work(s, inode.clone()).await {
                 Ok((answer, permit)) => {
-                    reply.ok(answer);
+                    reply.end(answer);
                     drop(permit);
                 }
                 Err(e) => {
@@ -236,18 +251,9 @@ impl EfcFs {
         T: Answer + Send + 'static,
         F: Future<Output = Result<Had<T>>> + Send + 'static,
     {
-        let inode = match self.inode(node) {
-            Ok(i) => i,
-            Err(e) => return reply.error(errno_of(&e)),
-        };
-        self.spawn(|s| async move {
-            match work(s, inode.clone()).await {
-                Ok(had) => reply.end(had.map_err(|why| Errno(errno::no_lock(why)))),
-                Err(e) => {
-                    log(operation, &inode, &e);
-                    reply.error(errno_of(&e));
-                }
-            }
+        let errno = |why| Errno(errno::no_lock(why));
+        self.respond(operation, node, reply, move |s, inode| {
+            work(s, inode).map_ok(move |had| (had.map_err(errno), Permit::none()))
         });
     }
 

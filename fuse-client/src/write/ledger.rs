@@ -5,19 +5,21 @@
 //! any it is rewritten every few seconds, on condition of its version; one that was not for a while is taken over in the same way by who finds it, and its uploads are aborted.
 //! A mount that was only asleep then loses uploads, never bytes: what they were made of is staged until the file is committed, and is sent again.
 
-use super::{Core, OWN_PREFIX, ObjectTree, absent_is_none};
+use super::journal::{Found, dead_before};
+use super::{Core, ObjectTree};
 use bytes::Bytes;
 use efc_backend::objects::{Condition, Metadata, UploadId};
 use efc_common::node::Node;
 use efc_common::{Error, Kind, Result};
-use futures::TryStreamExt;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+/// Names of ledgers begin so.
+const KIND: &str = "uploads-";
 /// How often it is rewritten, and how long an empty one stays.
-pub(super) const BEAT: Duration = Duration::from_secs(15);
+const BEAT: Duration = Duration::from_secs(15);
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Entry {
@@ -109,25 +111,19 @@ impl Core {
             (open.entries.values().cloned().collect(), open.tickets)
         };
         let record = Record { uploads, beat: rand::random() };
-        let text = serde_json::to_vec(&record)
-            .map_err(|e| Error::new(Kind::Corrupt, "a ledger cannot be written").caused_by(e))?;
-        let fresh = || {
-            let name = format!(".efc/uploads-{:016x}", rand::random::<u64>());
-            (Bytes::from([&self.root[..], name.as_bytes()].concat()), Condition::Absent)
-        };
-        let ours = written.at.take().map(|(locator, version)| (locator, Condition::Version(version)));
-        let (locator, condition) = ours.unwrap_or_else(fresh);
-        let put = self.objects.put(&locator, vec![text.clone().into()], &Metadata::default(), &condition).await;
-        let (locator, node) = match put {
+        let fresh = || (self.new_journal(KIND), Condition::Absent);
+        let ours = written.at.clone().map(|(locator, version)| (locator, Condition::Version(version)));
+        let (mut locator, condition) = ours.unwrap_or_else(fresh);
+        let version = match self.put_journal(&locator, &record, &condition).await {
             Err(e) if e.is(Kind::Conflict) => {
                 tracing::warn!(error = %e, "another mount took this one for dead; uploads under way are sent again");
-                let (locator, condition) = fresh();
-                let node = self.objects.put(&locator, vec![text.into()], &Metadata::default(), &condition).await?;
-                (locator, node)
+                let condition;
+                (locator, condition) = fresh();
+                self.put_journal(&locator, &record, &condition).await?
             }
-            other => (locator, other?),
+            other => other?,
         };
-        *written = Written { at: Some((locator, node.version)), tickets };
+        *written = Written { at: Some((locator, version)), tickets };
         Ok(())
     }
 
@@ -143,26 +139,11 @@ impl Core {
         }
     }
 
-    /// The content of a journal whose owner has not been heard of for so long; `None`: it seems to live, or the journal has gone.
-    pub(super) async fn dead_journal(&self, locator: &Bytes, dead_after: Duration) -> Result<Option<(Node, Vec<u8>)>> {
-        let Some((node, _)) = absent_is_none(self.objects.head(locator).await)? else { return Ok(None) };
-        let age = super::meta::now().secs.saturating_sub(node.attr.mtime.secs);
-        if age < i64::try_from(dead_after.as_secs()).unwrap_or(i64::MAX) {
-            return Ok(None);
-        }
-        let read = self.backend.read(locator, &node.version, 0..node.attr.size).await?;
-        let text = read.try_collect::<Vec<_>>().await?.concat();
-        Ok(Some((node, text)))
-    }
-
-    /// Deletes what mounts left that died while they found out what the store can do.
-    async fn sweep_probes(&self, dir: &Bytes, dead_after: Duration) -> Result<()> {
-        let prefix = [&dir[..], b"probe-"].concat();
-        let before = super::meta::now().secs - i64::try_from(dead_after.as_secs()).unwrap_or(i64::MAX);
-        let page = self.objects.keys_below(dir, None).await?;
-        let probes = page.entries.into_iter().map(|e| e.node);
-        let probes = probes.filter(|n| n.locator.starts_with(&prefix) && n.attr.mtime.secs <= before);
-        let probes: Vec<Bytes> = probes.map(|n| n.locator).collect();
+    /// Deletes what mounts left that died while they found out what the store can do; `own` is all there is below `.efc/`.
+    async fn sweep_probes(&self, own: &[Node], dead_after: Duration) -> Result<()> {
+        let (prefix, before) = (self.journals("probe-"), dead_before(dead_after));
+        let probes = own.iter().filter(|n| n.locator.starts_with(&prefix) && n.attr.mtime.secs <= before);
+        let probes: Vec<Bytes> = probes.map(|n| n.locator.clone()).collect();
         if !probes.is_empty() {
             Core::deleted(self.objects.delete(&probes).await?)?;
         }
@@ -179,19 +160,24 @@ impl Core {
         Ok(())
     }
 
-    /// Aborts what is in the ledger of a mount that died. How many uploads that were.
-    async fn sweep(&self, locator: &Bytes, dead_after: Duration) -> Result<usize> {
-        let Some((node, text)) = self.dead_journal(locator, dead_after).await? else { return Ok(0) };
+    /// Aborts what is in the ledger of a mount that died. True if it is done with, false if its owner seems to live.
+    async fn sweep(&self, locator: &Bytes, dead_after: Duration) -> Result<bool> {
+        let (version, written, text) = match self.find_journal(locator, dead_after).await? {
+            Found::Gone => return Ok(true),
+            Found::Alive => return Ok(false),
+            Found::Dead { version, written, text } => (version, written, text),
+        };
         let mut record: Record = serde_json::from_slice(&text)
             .map_err(|e| Error::new(Kind::Corrupt, "a ledger of uploads is not understood").caused_by(e))?;
         if !record.uploads.iter().all(|u| u.key.starts_with(&self.root)) {
             return Err(Error::new(Kind::Corrupt, "a ledger names places outside the mount"));
         }
         record.beat = rand::random();
-        let text = serde_json::to_vec(&record)
-            .map_err(|e| Error::new(Kind::Corrupt, "a ledger cannot be written").caused_by(e))?;
-        let ours = Condition::Version(node.version.clone());
-        self.objects.put(locator, vec![text.into()], &Metadata::default(), &ours).await?;
+        match self.put_journal(locator, &record, &Condition::Version(version)).await {
+            // Another mount was faster, or its owner lives.
+            Err(e) if e.is(Kind::Conflict) => return Ok(false),
+            taken => drop(taken?),
+        }
         let mut aborted = 0;
         let (known, unknown): (Vec<Entry>, Vec<Entry>) = record.uploads.into_iter().partition(|u| u.upload.is_some());
         for entry in known {
@@ -201,7 +187,7 @@ impl Core {
         }
         if !unknown.is_empty() {
             // Begun, if at all, after the ledger was written last, or while it was.
-            let from = node.attr.mtime.secs - BEAT.as_secs() as i64;
+            let from = written - BEAT.as_secs() as i64;
             let keys: BTreeSet<Vec<u8>> = unknown.into_iter().map(|u| u.key).collect();
             for open in self.objects.open_uploads().await? {
                 if keys.contains(&open.locator[..]) && open.begun.secs >= from {
@@ -210,8 +196,11 @@ impl Core {
                 }
             }
         }
+        if aborted > 0 {
+            tracing::info!(aborted, "uploads of a mount that died are thrown away");
+        }
         Core::deleted(self.objects.delete(std::slice::from_ref(locator)).await?)?;
-        Ok(aborted)
+        Ok(true)
     }
 }
 
@@ -222,21 +211,12 @@ impl ObjectTree {
     /// What the store said.
     pub async fn sweep_uploads(&self, dead_after: Duration) -> Result<usize> {
         let core = &self.core;
-        let dir: Bytes = [&core.root[..], OWN_PREFIX, b"/"].concat().into();
-        let prefix = [&dir[..], b"uploads-"].concat();
-        let own = core.ledger.written.lock().await.at.as_ref().map(|(locator, _)| locator.clone());
-        core.sweep_probes(&dir, dead_after).await?;
-        let mut left = 0;
-        for locator in core.all_below(&dir).await?.iter().filter(|k| k.starts_with(&prefix) && Some(*k) != own.as_ref())
-        {
-            match core.sweep(locator, dead_after).await {
-                Ok(aborted) if aborted > 0 => tracing::info!(aborted, "uploads of a mount that died are thrown away"),
-                Ok(_) => {}
-                // Another mount was faster, or its owner lives.
-                Err(e) if e.is(Kind::Conflict) => {}
-                Err(e) => return Err(e),
-            }
-            left += usize::from(absent_is_none(core.objects.head(locator).await)?.is_some());
+        let ours = core.ledger.written.lock().await.at.as_ref().map(|(locator, _)| locator.clone());
+        let own = core.nodes_below(&core.journals("")).await?;
+        core.sweep_probes(&own, dead_after).await?;
+        let (ledgers, mut left) = (core.journals(KIND), 0);
+        for locator in own.iter().map(|n| &n.locator).filter(|k| k.starts_with(&ledgers) && Some(*k) != ours.as_ref()) {
+            left += usize::from(!core.sweep(locator, dead_after).await?);
         }
         Ok(left)
     }
@@ -254,11 +234,9 @@ impl ObjectTree {
 /// What a mount leaves that dies with an upload open.
 #[cfg(test)]
 pub(super) async fn leave_open(core: &Core, key: &Bytes, begun: bool) {
-    if begun {
-        core.begin(key, &Metadata::default()).await.expect("begin");
-        core.beat_ledger().await.expect("beat");
-        return;
-    }
-    // Between the two: the ledger has the key only.
     core.begin(key, &Metadata::default()).await.expect("begin");
+    // Before the next beat the ledger has the key only.
+    if begun {
+        core.beat_ledger().await.expect("beat");
+    }
 }

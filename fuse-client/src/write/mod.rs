@@ -5,7 +5,7 @@
 //!   at `close` or `fsync` (`commit`), with write-back soon after `close` (`later`); long sequential writes are uploaded behind the writer (`stream`); `ledger` has the
 //!   uploads that are open.
 //! - `names` are the names this mount has changed and listings do not show yet; `meta` is what is known of modes, owners and times.
-//! - `paths` makes, removes and renames; `rename` moves directories, with a journal at the store; `view` is the store as read through all this.
+//! - `paths` makes, removes and renames; `rename` moves directories, with a `journal` at the store; `view` is the store as read through all this.
 //!
 //! Locators are keys. A draft's version token is the mount's own and means nothing to others; an object's is the store's.
 //! Lock order: a file's `inner` (two of them in the order of their keys), then the table of files, then `names`. Only `inner` is held across an await.
@@ -13,6 +13,7 @@
 mod commit;
 mod draft;
 mod file;
+mod journal;
 mod later;
 mod ledger;
 mod meta;

@@ -23,7 +23,7 @@ fn metadata(new: &NewNode, kind: u32) -> Metadata {
     }
 }
 
-fn exists() -> Error {
+pub(super) fn exists() -> Error {
     Error::new(Kind::AlreadyExists, "there is something of this name")
 }
 

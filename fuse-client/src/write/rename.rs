@@ -8,9 +8,11 @@
 //!
 //! Keys that others make below the source meanwhile stay where they are.
 
-use super::{Core, OWN_PREFIX, ObjectTree, absent_is_none, directory, meta};
+use super::journal::Found;
+use super::paths::exists;
+use super::{Core, ObjectTree, absent_is_none, directory, meta};
 use bytes::Bytes;
-use efc_backend::objects::{Condition, Metadata};
+use efc_backend::objects::Condition;
 use efc_common::node::Node;
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
@@ -20,6 +22,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// Names of journals begin so.
+const KIND: &str = "rename-";
 /// Copies under way at once.
 const COPIES_AT_ONCE: usize = 32;
 /// A journal is rewritten after this time.
@@ -55,8 +59,7 @@ struct Journal {
 
 impl Journal {
     async fn begin(core: &Core, source: &Bytes, target: &Bytes) -> Result<Journal> {
-        let name = format!(".efc/rename-{:016x}", rand::random::<u64>());
-        let locator = [&core.root[..], name.as_bytes()].concat().into();
+        let locator = core.new_journal(KIND);
         let record = Record { source: source.to_vec(), target: target.to_vec(), phase: Phase::Copying, beat: 0 };
         let mut journal = Journal { locator, version: Bytes::new(), record, written: Instant::now() };
         journal.write(core, &Condition::Absent).await?;
@@ -65,10 +68,8 @@ impl Journal {
 
     async fn write(&mut self, core: &Core, condition: &Condition) -> Result<()> {
         self.record.beat = rand::random();
-        let text = serde_json::to_vec(&self.record)
-            .map_err(|e| Error::new(Kind::Corrupt, "a journal cannot be written").caused_by(e))?;
-        let node = core.objects.put(&self.locator, vec![text.into()], &Metadata::default(), condition).await?;
-        (self.version, self.written) = (node.version, Instant::now());
+        self.version = core.put_journal(&self.locator, &self.record, condition).await?;
+        self.written = Instant::now();
         Ok(())
     }
 
@@ -113,7 +114,7 @@ impl Core {
         }
         self.backend.getattr(&source).await?;
         if no_replace && absent_is_none(self.backend.getattr(&target).await)?.is_some() {
-            return Err(Error::new(Kind::AlreadyExists, "there is something of this name"));
+            return Err(exists());
         }
         if !self.is_empty(&target).await? {
             return Err(Error::new(Kind::NotEmpty, "the target is a directory that is not empty"));
@@ -194,16 +195,8 @@ impl Core {
         }
     }
 
-    pub(super) async fn all_below(&self, dir: &Bytes) -> Result<Vec<Bytes>> {
-        let (mut all, mut from) = (Vec::new(), None);
-        loop {
-            let page = self.objects.keys_below(dir, from).await?;
-            all.extend(page.entries.into_iter().map(|e| e.node.locator));
-            from = page.next;
-            if from.is_none() {
-                return Ok(all);
-            }
-        }
+    async fn all_below(&self, dir: &Bytes) -> Result<Vec<Bytes>> {
+        Ok(self.nodes_below(dir).await?.into_iter().map(|n| n.locator).collect())
     }
 
     /// Deletes the keys below `of` that are below `keep` as well.
@@ -237,8 +230,10 @@ impl Core {
 
     /// True if it is done with, false if its owner seems to live.
     async fn recover(&self, locator: &Bytes, dead_after: Duration) -> Result<bool> {
-        let Some((node, text)) = self.dead_journal(locator, dead_after).await? else {
-            return Ok(absent_is_none(self.objects.head(locator).await)?.is_none());
+        let (version, text) = match self.find_journal(locator, dead_after).await? {
+            Found::Gone => return Ok(true),
+            Found::Alive => return Ok(false),
+            Found::Dead { version, text, .. } => (version, text),
         };
         let record: Record = serde_json::from_slice(&text)
             .map_err(|e| Error::new(Kind::Corrupt, "a journal of renaming is not understood").caused_by(e))?;
@@ -246,7 +241,7 @@ impl Core {
         if !source.starts_with(&self.root) || !target.starts_with(&self.root) || source == target {
             return Err(Error::new(Kind::Corrupt, "a journal names places outside the mount"));
         }
-        let mut journal = Journal { locator: locator.clone(), version: node.version, record, written: Instant::now() };
+        let mut journal = Journal { locator: locator.clone(), version, record, written: Instant::now() };
         let phase = journal.record.phase;
         journal.advance(self, phase).await?;
         let finished = phase == Phase::Copied;
@@ -271,10 +266,9 @@ impl ObjectTree {
     /// What the store said.
     pub async fn recover_renames(&self, dead_after: Duration) -> Result<usize> {
         let core = &self.core;
-        let dir: Bytes = [&core.root[..], OWN_PREFIX, b"/"].concat().into();
-        let prefix = [&dir[..], b"rename-"].concat();
+        let prefix = core.journals(KIND);
         let mut left = 0;
-        for locator in core.all_below(&dir).await?.iter().filter(|k| k.starts_with(&prefix)) {
+        for locator in core.all_below(&core.journals("")).await?.iter().filter(|k| k.starts_with(&prefix)) {
             left += usize::from(!core.recover(locator, dead_after).await?);
         }
         Ok(left)
