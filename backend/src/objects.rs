@@ -45,7 +45,7 @@ pub struct ObjectLimits {
     pub conditional_version: bool,
 }
 
-/// What is kept beside the bytes of an object, in the layout of s3fs and ossfs (`mode`, `uid`, `gid`, `mtime` as user metadata, decimal) which rclone reads as well.
+/// What is kept beside the bytes of an object, in the layout of s3fs and ossfs (`mode`, `uid`, `gid` and times as user metadata, decimal) which rclone reads as well.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Metadata {
     /// `st_mode` with the type bits, so that a symbolic link (its target is the content) and a directory marker are known as such.
@@ -56,6 +56,10 @@ pub struct Metadata {
     pub gid: Option<u32>,
     /// Modification time; where there is none the store's own.
     pub mtime: Option<Time>,
+    /// Access time, as somebody has set it; reading does not change it.
+    pub atime: Option<Time>,
+    /// Time of the last change of what stands here, if that was after the last change of the content.
+    pub ctime: Option<Time>,
     /// `Content-Type`.
     pub content_type: Option<String>,
     /// All other user metadata, kept as it was found (names in lower case, without the `x-amz-meta-` prefix).

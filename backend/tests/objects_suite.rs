@@ -99,6 +99,8 @@ fn metadata() -> Metadata {
         uid: Some(1000),
         gid: Some(100),
         mtime: Some(Time { secs: 1_700_000_001, nanos: 250_000_000 }),
+        atime: Some(Time { secs: 1_700_000_002, nanos: 0 }),
+        ctime: None,
         content_type: Some("text/x-efc".into()),
         other: [("author".to_string(), "efc  suite".to_string())].into(),
         headers: BTreeMap::new(),
@@ -155,14 +157,16 @@ impl Rig<'_> {
             self.assert_written(&node, &data).await;
             let (_, kept) = self.objects.head(&locator).await.expect("head");
             assert_eq!(kept.mode, Some(0o100_640));
-            assert_eq!((kept.uid, kept.gid, kept.mtime), (Some(1000), Some(100), metadata().mtime));
+            assert_eq!((kept.uid, kept.gid), (Some(1000), Some(100)));
+            assert_eq!((kept.mtime, kept.atime, kept.ctime), (metadata().mtime, metadata().atime, None));
             assert_eq!(kept.content_type.as_deref(), Some("text/x-efc"));
             assert_eq!(kept.other.keys().collect::<Vec<_>>(), ["author"]);
         }
         let headers = self.view.headers("whole/f0 +&ü".as_bytes());
         let meta = |name: &str| headers.get(&format!("{}{name}", self.quirks.meta)).map(String::as_str);
         assert_eq!((meta("mode"), meta("uid")), (Some("33184"), Some("1000")), "{headers:?}");
-        assert_eq!(meta("mtime"), Some("1700000001.250000000"));
+        assert_eq!((meta("mtime"), meta("atime")), (Some("1700000001.250000000"), Some("1700000002")));
+        assert_eq!(meta("ctime"), None);
         // Another content gives another version, the same one the same.
         let locator = self.file("whole", "again");
         let first = self.put(&locator, b"one").await;

@@ -1,5 +1,7 @@
-//! A mount process killed at every step of what it does to a bucket: before each request that it sends for a small file, a long one, an append and the rename of a directory. What an
-//! application was told to be durable is there afterwards, the tree is the one before or the one after, and nothing temporary is left after the sweep.
+//! Somebody is killed at every step of what a mount does to a bucket: before each request that it sends for a small file, a long one, an append and the rename of a directory.
+//!
+//! The mount process itself: what an application was told to be durable is there afterwards, the tree is the one before or the one after, and nothing temporary is left after the sweep.
+//! The store (the request not done, or done and its answer lost), a worker, the leading master: the application is told of success, and the tree is the one after.
 
 use efc_e2e::{Cluster, Mount, WorkerSpec, wait_for, within};
 use efc_testkit::oss::{OssOptions, OssServer};
@@ -24,6 +26,8 @@ enum What {
     Rename,
 }
 
+const ALL: [What; 4] = [What::Small, What::Long, What::Append, What::Rename];
+
 const LONG: usize = 40 << 20;
 const OLD: usize = 18 << 20;
 
@@ -34,6 +38,24 @@ impl What {
             What::Small | What::Long => s.put("b", format!("{at}/f"), "old"),
             What::Append => s.put("b", format!("{at}/f"), vec![1; OLD]),
             What::Rename => (0..5).for_each(|i| s.put("b", format!("{at}/d/{i}"), format!("{i}"))),
+        }
+    }
+
+    /// The same, through a mount.
+    fn prepare_in(self, dir: &Path) -> std::io::Result<()> {
+        let write = |name: &str, bytes: &[u8]| {
+            let mut f = File::create(dir.join(name))?;
+            f.write_all(bytes)?;
+            f.sync_all()
+        };
+        fs::create_dir(dir)?;
+        match self {
+            What::Small | What::Long => write("f", b"old"),
+            What::Append => write("f", &[1; OLD]),
+            What::Rename => {
+                fs::create_dir(dir.join("d"))?;
+                (0..5).try_for_each(|i| write(&format!("d/{i}"), i.to_string().as_bytes()))
+            }
         }
     }
 
@@ -101,7 +123,7 @@ fn a_mount_that_is_killed_at_any_step_leaves_the_old_or_the_new() {
     let options = ["rw", "consistency=ttl=1", &masters, &endpoint, "region=us-east-1"];
     let mount = || Mount::start("s3://b", &options, &s.target().env()).expect("mount");
     let mut killed = Vec::new();
-    for what in [What::Small, What::Long, What::Append, What::Rename] {
+    for what in ALL {
         for step in 0.. {
             assert!(step < STEPS_MAX, "{what:?} does not end");
             let at = format!("{what:?}-{step}");
@@ -153,4 +175,105 @@ fn a_mount_that_is_killed_at_any_step_leaves_the_old_or_the_new() {
     println!("{steps} kills, {after} left the new state");
     assert!(after >= 4 && steps > 12, "the last kill of each comes after its end");
     m.finish(&[]).expect("log");
+}
+
+/// Who dies while the mount lives, and how.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Victim {
+    /// The store, before it did what it was asked for.
+    Store,
+    /// The store, when it had done it and not said so.
+    StoreAfter,
+    Worker,
+    Leader,
+}
+
+/// Time for the kill while a request is held at the store, and for which the victim stays away at least.
+const HELD: Duration = Duration::from_millis(700);
+
+/// Kills `victim` at each `stride`-th step of everything.
+fn kill_at_steps(victim: Victim, stride: u64, warnings: &[&str]) {
+    let mut s = OssServer::start_with(OssOptions::s3()).expect("server");
+    s.create_bucket("b");
+    let worker = WorkerSpec { memory: "64MiB".into(), ..WorkerSpec::default() };
+    let masters = if victim == Victim::Leader { 3 } else { 1 };
+    let mut cluster = Cluster::start(masters, &[worker]).expect("cluster");
+    let (option, endpoint) = (cluster.option(), format!("endpoint={}", s.endpoint()));
+    let m = Mount::start("s3://b", &["rw", &option, &endpoint, "region=us-east-1"], &s.target().env()).expect("mount");
+    let mut kills = 0;
+    for (offset, what) in (0..).zip(ALL) {
+        for step in (offset % stride..).step_by(stride as usize) {
+            assert!(step < STEPS_MAX, "{what:?} does not end");
+            let at = format!("{what:?}-{step}");
+            let dir = m.path.join(&at);
+            let prepared = dir.clone();
+            within(PATIENCE, move || what.prepare_in(&prepared)).unwrap_or_else(|e| panic!("{at}: {e}"));
+            let leader = (victim == Victim::Leader).then(|| cluster.leader().expect("leader"));
+            s.reset_stats();
+            let action = match victim {
+                Victim::StoreAfter => Action::Drop,
+                _ => Action::Latency { ms: HELD.as_millis() as u64 },
+            };
+            s.fault(Fault::on("*", action).after(step).times(1));
+            let told = std::thread::spawn(move || what.run(&dir));
+            wait_for("the step or the end", PATIENCE, || Ok(told.is_finished() || s.stats().faults > 0)).expect("step");
+            let done = s.stats().faults == 0;
+            s.clear_faults();
+            if !done {
+                kills += 1;
+                match victim {
+                    Victim::Store | Victim::StoreAfter => s.kill(),
+                    Victim::Worker => cluster.workers[0].kill(),
+                    Victim::Leader => leader.into_iter().for_each(|l| cluster.masters[l].kill()),
+                }
+                std::thread::sleep(HELD);
+                if !s.is_up() {
+                    s.start_again().expect("store");
+                }
+            }
+            // A worker and a master stay away until the work is done.
+            wait_for("the end", PATIENCE, || Ok(told.is_finished())).unwrap_or_else(|e| panic!("{at}: {e}"));
+            told.join().expect("thread").unwrap_or_else(|e| panic!("{victim:?} killed at {at}: {e}"));
+            assert_eq!(what.state(&s, &at), Ok(true), "{victim:?} killed at {at}: not what the application was told");
+            match victim {
+                Victim::Worker if !done => cluster.workers[0].start().expect("worker"),
+                Victim::Leader if !done => cluster.start_masters().expect("masters"),
+                _ => {}
+            }
+            if done {
+                break;
+            }
+        }
+    }
+    println!("{victim:?}: {kills} kills");
+    assert!(kills >= 28 / stride, "{kills} kills only");
+    m.finish(warnings).expect("log");
+    let left: Vec<_> = s.keys("b").into_iter().filter(|k| k.starts_with(b".efc/")).collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert_eq!(s.open_uploads("b"), 0, "uploads are left");
+}
+
+/// Every second step, all with EFC_E2E_LONG=1.
+fn stride() -> u64 {
+    if std::env::var_os("EFC_E2E_LONG").is_some() { 1 } else { 2 }
+}
+
+#[test]
+fn a_store_that_dies_before_a_request_costs_time_only() {
+    kill_at_steps(Victim::Store, stride(), &["origin in trouble"]);
+}
+
+#[test]
+fn a_store_that_dies_before_an_answer_costs_time_only() {
+    kill_at_steps(Victim::StoreAfter, stride(), &["origin in trouble"]);
+}
+
+#[test]
+fn a_worker_that_dies_at_any_step_costs_time_only() {
+    kill_at_steps(Victim::Worker, stride(), &[]);
+}
+
+#[test]
+fn a_leader_that_dies_at_any_step_costs_time_only() {
+    kill_at_steps(Victim::Leader, stride(), &[]);
 }

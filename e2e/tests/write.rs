@@ -1,13 +1,15 @@
 //! What applications do to a read-write mount, and what the origin has afterwards.
 
-use efc_e2e::{Mount, within};
+use efc_e2e::{Mount, wait_for, within};
 use efc_testkit::oss::{OssOptions, OssServer};
 use efc_testkit::{Ganesha, scratch};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, FileTimes, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::process::Command;
+use std::time::{Duration, UNIX_EPOCH};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -349,7 +351,16 @@ fn long_file(m: &Path, behind: &Behind) {
     }
     assert!(behind.store().stats().of("part") >= 5, "parts are sent behind the writer");
     assert!(!behind.exists("long"), "and nothing is seen before the close");
+    // As `cp -p` and tar do, when the upload has long begun.
+    let time = UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    f.set_times(FileTimes::new().set_accessed(time).set_modified(time)).expect("times");
     drop(f);
+    let headers = behind.store().headers("b", "long").expect("object");
+    for name in ["-meta-mtime", "-meta-atime"] {
+        let kept = headers.iter().find(|(k, _)| k.ends_with(name)).map(|(_, v)| v.as_str());
+        assert_eq!(kept, Some("1000000000"), "{headers:?}");
+    }
+    assert_eq!(fs::metadata(&path).expect("stat").modified().expect("mtime"), time);
     assert!(behind.get("long").expect("behind") == model);
     let before = behind.store().stats();
     let f = OpenOptions::new().read(true).write(true).open(&path).expect("open");
@@ -362,6 +373,29 @@ fn long_file(m: &Path, behind: &Behind) {
     assert_eq!((more("part"), more("part_copy")), (1, 7), "{stats:?}");
     drop(f);
     assert!(fs::read(&path).expect("read") == model);
+}
+
+/// Descriptors that children of the writer close do not end the writing; the last close of all does.
+fn closed_by_children(m: &Path, behind: &Behind) {
+    let path = m.join("parent");
+    let mut f = File::create(&path).expect("create");
+    f.write_all(b"half").expect("write");
+    // It closes its copy when it begins to run `true`, which has none.
+    assert!(Command::new("true").status().expect("true").success());
+    assert!(!behind.exists("parent"), "nobody has closed the file");
+    nix::fcntl::fcntl(&f, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).expect("inherited");
+    let script = format!("printf ' and' >&{}", f.as_raw_fd());
+    assert!(Command::new("bash").args(["-c", &script]).status().expect("sh").success());
+    assert!(!behind.exists("parent"), "the child has, its parent has not");
+    f.write_all(b" half").expect("write");
+    drop(f);
+    assert_eq!(behind.get("parent").as_deref(), Some(&b"half and half"[..]));
+    // A shell whose child goes on writing when the opener is gone.
+    let script = format!("exec >{}; (sleep 1; echo late) & echo early", m.join("orphan").display());
+    assert!(Command::new("sh").args(["-c", &script]).status().expect("sh").success());
+    assert_eq!(behind.get("orphan").as_deref(), Some(&b"early\n"[..]));
+    let late = || Ok(behind.get("orphan").as_deref() == Some(&b"early\nlate\n"[..]));
+    wait_for("what was written last", PATIENCE, late).expect("late");
 }
 
 /// Two writers: who comes late finds what it wrote beside.
@@ -446,6 +480,7 @@ on! {
     s3_mapped, "s3", mapped;
     oss_mapped, "oss", mapped;
     s3_odd_flags, "s3", odd_flags;
+    s3_closed_by_children, "s3", closed_by_children;
     oss_odd_flags, "oss", odd_flags;
     s3_long_file, "s3", long_file;
     oss_long_file, "oss", long_file;

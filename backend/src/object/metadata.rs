@@ -1,6 +1,6 @@
-//! POSIX attributes beside the bytes of an object: user metadata `mode`, `uid`, `gid`, `mtime`, as s3fs, ossfs and rclone read and write them.
+//! POSIX attributes beside the bytes of an object: user metadata `mode`, `uid`, `gid`, `mtime`, `atime`, `ctime`, as s3fs, ossfs and rclone read and write them.
 //!
-//! We write decimal numbers, `mtime` in seconds with a fraction only when there is one. We read what the others write as well: `mtime` as a decimal
+//! We write decimal numbers, times in seconds with a fraction only when there is one. We read what the others write as well: `mtime` as a decimal
 //! fraction of any length (rclone), `mode` in octal (`rclone --metadata`): a decimal number whose type bits are no type is taken for octal
 //! digits. Of the two readings at most one is a mode with a type; without type bits (`420`) it is decimal. What cannot be read stays in
 //! [`Metadata::other`], so that a copy does not lose it.
@@ -38,7 +38,9 @@ pub(crate) fn headers(dialect: Dialect, m: &Metadata) -> Result<Vec<(HeaderName,
     own.extend(m.mode.map(|v| ("mode", v.to_string())));
     own.extend(m.uid.map(|v| ("uid", v.to_string())));
     own.extend(m.gid.map(|v| ("gid", v.to_string())));
-    own.extend(m.mtime.map(|v| ("mtime", time_text(v))));
+    for (name, time) in [("mtime", m.mtime), ("atime", m.atime), ("ctime", m.ctime)] {
+        own.extend(time.map(|v| (name, time_text(v))));
+    }
     for (name, value) in &m.other {
         own.entry(name).or_insert_with(|| value.clone());
     }
@@ -85,6 +87,8 @@ pub(crate) fn read(dialect: Dialect, headers: &HeaderMap) -> Metadata {
             "uid" => set(&mut m.uid, value.parse().ok()),
             "gid" => set(&mut m.gid, value.parse().ok()),
             "mtime" => set(&mut m.mtime, time_of(&value)),
+            "atime" => set(&mut m.atime, time_of(&value)),
+            "ctime" => set(&mut m.ctime, time_of(&value)),
             _ => false,
         };
         if !known {
@@ -206,6 +210,8 @@ mod tests {
                 uid,
                 gid,
                 mtime: Some(Time { secs, nanos }),
+                atime: gid.map(|secs| Time { secs: secs.into(), nanos }),
+                ctime: uid.map(|secs| Time { secs: secs.into(), nanos: 0 }),
                 content_type: Some("text/plain".into()),
                 other: [("author".to_string(), "who else".to_string())].into(),
                 headers: [("cache-control".to_string(), "no-cache".to_string())].into(),

@@ -6,6 +6,7 @@ use rand::{Rng, SeedableRng};
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind, Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -24,6 +25,8 @@ const NAMES: u32 = 6;
 /// Long enough that it is not one word, short enough that pages stay partial.
 const VALUE_BYTES: usize = 1000;
 const RECORD_BYTES: usize = 24;
+/// Numbers of the operations on logs in [`Actor::act`], which has a hundred.
+const LOG_OPERATIONS: Range<u32> = 38..54;
 /// A log that is longer is begun anew between two rounds.
 const LOG_RECORDS_MAX: u64 = 2000;
 
@@ -134,12 +137,13 @@ impl Actor {
         self.next
     }
 
-    fn act(&mut self) -> Result<Op, String> {
+    /// Does one operation, of those that `range` covers.
+    fn act(&mut self, range: Range<u32>) -> Result<Op, String> {
         let told = |what: &str, e: Error| format!("{what}: {e}");
         let r = self.rng.random_range(0..REGISTERS);
         let l = self.rng.random_range(0..LOGS);
         let (n, m) = (self.rng.random_range(0..NAMES), self.rng.random_range(0..NAMES));
-        Ok(match self.rng.random_range(0..100) {
+        Ok(match self.rng.random_range(range) {
             0..12 => {
                 let v = self.unique();
                 self.writers[r].write_all_at(&value(v), 0).map_err(|e| told("write", e))?;
@@ -305,20 +309,24 @@ fn rounds(mounts: &[PathBuf; 2], operations: u64, limit: Duration, may_end: &Ato
     };
     let mut out =
         Outcome { operations: 0, violations: Vec::new(), slowest: Duration::ZERO, seed, kinds: BTreeMap::new() };
+    let mut number = 0;
     while (out.operations < operations || !may_end.load(Relaxed)) && out.violations.is_empty() {
         let start = Barrier::new(actors.len());
+        number += 1;
+        // Every fourth round all are at the logs, which grow under each other's hands.
+        let range = if number % 4 == 0 { LOG_OPERATIONS } else { 0..100 };
         let lanes: Vec<(Vec<Done<Op>>, Option<String>)> = std::thread::scope(|s| {
             let threads: Vec<_> = actors
                 .iter()
                 .map(|actor| {
-                    let start = &start;
+                    let (start, range) = (&start, &range);
                     s.spawn(move || {
                         let mut actor = actor.lock().expect("one round at a time");
                         let (mut ops, mut wrong) = (Vec::with_capacity(ROUND), None);
                         start.wait();
                         for _ in 0..ROUND {
                             let begun = base.elapsed();
-                            let what = actor.act();
+                            let what = actor.act(range.clone());
                             let ended = base.elapsed();
                             match what {
                                 Ok(what) => ops.push(Done {

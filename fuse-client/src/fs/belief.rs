@@ -282,6 +282,15 @@ impl Shared {
         Ok(Permit::under(guard, self.parts.ttl))
     }
 
+    /// Has a file a lease of its own, because several mounts want it?
+    pub(super) fn is_contended(&self, inode: &Inode) -> bool {
+        self.beliefs.as_ref().is_some_and(|b| match b.own(&self.parts.namespace, inode) {
+            Ok(Own::In(dir, file)) => b.leases.has(&Scope::File(dir, file)),
+            Ok(Own::Lost) => true,
+            _ => false,
+        })
+    }
+
     /// To read the names of a directory.
     pub(super) async fn names(&self, dir: &Inode) -> Result<Permit> {
         self.permit(&[], &|b| Ok(vec![Want::read(b.dir(&self.parts.namespace, dir)?)])).await

@@ -3,7 +3,7 @@
 
 use super::Shared;
 use super::belief::{Beliefs, Permit};
-use super::open::Parked;
+use super::open::{Opening, Parked};
 use crate::kernel::{AttrOut, CreateOut, EntryOut, SetAttr, SetTime};
 use crate::namespace::Inode;
 use bytes::Bytes;
@@ -11,6 +11,7 @@ use efc_backend::tree::{Change, New, NewNode, RenameMode, SetTime as OriginTime}
 use efc_common::node::{FileKind, Node};
 use efc_common::{Error, Kind, Result};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Names of removed files that are still open, in their directory; never listed.
 pub const PARKED_PREFIX: &[u8] = b".efc-removed-";
@@ -67,7 +68,7 @@ impl Shared {
     }
 
     /// CREATE: makes the file or, unless it must be new, opens the one that is there.
-    pub(super) async fn create(&self, at: At, new: NewNode, flags: i32) -> Result<(CreateOut, Permit)> {
+    pub(super) async fn create(&self, at: At, new: NewNode, how: Opening) -> Result<(CreateOut, Permit)> {
         let tree = self.tree()?;
         let permit = self.to_change_name(&at).await?;
         let made = match self.asks_first() && self.is_taken(&at, &permit).await? {
@@ -76,9 +77,9 @@ impl Shared {
         };
         self.touched(&at.dir);
         let mut node = match made {
-            Err(e) if e.is(Kind::AlreadyExists) && flags & libc::O_EXCL == 0 => {
+            Err(e) if e.is(Kind::AlreadyExists) && how.flags & libc::O_EXCL == 0 => {
                 let mut node = self.parts.source.lookup(&at.dir.locator(), &at.name).await?;
-                if node.attr.kind == FileKind::File && flags & libc::O_TRUNC != 0 {
+                if node.attr.kind == FileKind::File && how.flags & libc::O_TRUNC != 0 {
                     let cut = Change { size: Some(0), ..Change::default() };
                     node = permit.within(tree.set_attr(&node.locator, &cut)).await?;
                 }
@@ -90,18 +91,22 @@ impl Shared {
             return Err(Error::new(Kind::AlreadyExists, "something else has this name"));
         }
         // The mode of a new file may forbid what its creator may do: it is opened by us.
-        let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        let write = how.writes();
         let file = tree.open(&node.locator, write).await?;
         if !write && let Some(made) = file.close().await? {
             // Closing a handle that cannot write says nothing to a draft.
             node = made;
         }
-        let (inode, entry) = self.enter(&permit, &at, &node);
+        let (inode, mut entry) = self.enter(&permit, &at, &node);
+        let how = Opening { direct: self.is_direct(&inode, how), ..how };
+        if how.reads_directly() {
+            entry.attr_ttl = Duration::ZERO;
+        }
         let file = match self.files.share(inode.id, write) {
             Some(shared) => shared,
             None => file,
         };
-        Ok((CreateOut { entry, open: self.opened(&inode, flags, file) }, permit))
+        Ok((CreateOut { entry, open: self.opened(&inode, how, file) }, permit))
     }
 
     /// LINK.

@@ -1,8 +1,9 @@
 //! Operations on open files of a read-write mount: open, read, write, sync and what else works on a handle.
 
 use super::belief::Permit;
+use super::callers::are_strangers;
 use super::{Shared, errno_of, log};
-use crate::fs::open::Handle;
+use crate::fs::open::{Handle, Opening};
 use crate::kernel::{Errno, Notification, OpenOut, open_flags};
 use crate::namespace::change::Update;
 use crate::namespace::{Belief, Inode};
@@ -146,8 +147,8 @@ impl Shared {
     }
 
     /// OPEN of an existing file.
-    pub(super) async fn open(&self, inode: &Arc<Inode>, flags: i32) -> Result<(OpenOut, Permit)> {
-        let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
+    pub(super) async fn open(&self, inode: &Arc<Inode>, how: Opening) -> Result<(OpenOut, Permit)> {
+        let write = how.writes();
         let permit = self.node(inode, Mode::Shared).await?;
         if self.beliefs.is_none() && inode.now().fresh_until <= Instant::now() {
             self.refresh(inode, permit.belief).await?;
@@ -156,22 +157,42 @@ impl Shared {
             Some(file) => file,
             None => self.tree()?.open(&inode.locator(), write).await?,
         };
-        Ok((self.opened(inode, flags, file), permit))
+        let direct = permit.passing || self.is_direct(inode, how);
+        let how = Opening { direct, ..how };
+        if how.reads_directly() && !self.files.is_read_directly(inode.id) {
+            self.drop_length(inode).await;
+        }
+        Ok((self.opened(inode, how, file), permit))
+    }
+
+    /// Is the kernel to keep no pages of what goes through this descriptor? Of what is written, because a write that waits for its lease would hold pages that a recall
+    /// waits for. Of what is read while several mounts want the file, because the kernel does not take over the length that an answer tells if an invalidation has come between, and
+    /// then gives its reader the old length.
+    pub(super) fn is_direct(&self, inode: &Inode, how: Opening) -> bool {
+        self.beliefs.is_some() && (how.writes() || self.is_contended(inode))
+    }
+
+    /// The kernel asks for the length of a file anew.
+    async fn drop_length(&self, inode: &Inode) {
+        let Some(session) = self.session.get().and_then(Weak::upgrade) else { return };
+        let attributes = Notification::InvalidateInode { node: inode.id, offset: -1, length: 0 };
+        if let Err(e) = session.notifier().tell(attributes, PASSING_DEADLINE).await {
+            warn!(path = inode.path(), error = %e, "the kernel keeps a length that may be old");
+        }
     }
 
     /// Enters an open file and says how the kernel is to treat it.
-    pub(super) fn opened(&self, inode: &Arc<Inode>, flags: i32, file: Arc<dyn OpenFile>) -> OpenOut {
+    pub(super) fn opened(&self, inode: &Arc<Inode>, how: Opening, file: Arc<dyn OpenFile>) -> OpenOut {
         let fh = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        self.files.enter(fh, inode.clone(), flags, file);
+        self.files.enter(fh, inode.clone(), how, file);
         let mut out = 0;
         let pages_old = inode.pages_old.swap(false, Ordering::AcqRel);
-        if self.beliefs.is_some() && flags & libc::O_ACCMODE != libc::O_RDONLY {
-            // A write that waits for its lease would hold pages that a recall waits for.
+        if how.direct {
             out |= open_flags::DIRECT_IO;
         } else if !pages_old {
             out |= open_flags::KEEP_CACHE;
         }
-        if flags & libc::O_ACCMODE == libc::O_RDONLY {
+        if !how.writes() {
             out |= open_flags::NOFLUSH;
         }
         OpenOut { fh, flags: out }
@@ -184,9 +205,12 @@ impl Shared {
         fh: u64,
         range: Range<u64>,
     ) -> Result<(Vec<Bytes>, Permit)> {
-        inode.waiting_reads.lock().push(range.clone());
+        let direct = self.files.get(fh).is_ok_and(|h| h.opening.direct);
+        if !direct {
+            inode.waiting_reads.lock().push(range.clone());
+        }
         let permit = self.node(inode, Mode::Shared).await;
-        {
+        if !direct {
             let mut waiting = inode.waiting_reads.lock();
             if let Some(at) = waiting.iter().position(|r| *r == range) {
                 waiting.swap_remove(at);
@@ -287,8 +311,16 @@ impl Shared {
         if self.has_drafts() && !handle.file.is_clean() { self.to_change(&handle.inode).await } else { Ok(self.all()) }
     }
 
-    /// FLUSH: a descriptor was closed.
-    pub(super) async fn close(&self, handle: &Handle) -> Result<((), Permit)> {
+    /// FLUSH: thread `by` closed a descriptor. Of a file that becomes an object when it is closed, a copy of the descriptor in another process than the opener's does not count as long as
+    /// the opener lives: each program that a process starts closes such copies, in the middle of the writing. The last close of all is told by RELEASE.
+    pub(super) async fn closed_by(&self, handle: &Handle, by: u32) -> Result<((), Permit)> {
+        if self.has_drafts() && !handle.file.is_clean() && are_strangers(handle.opening.by, by) {
+            return Ok(((), Permit::none()));
+        }
+        self.close(handle).await
+    }
+
+    async fn close(&self, handle: &Handle) -> Result<((), Permit)> {
         if !handle.writes() {
             return Ok(((), Permit::none()));
         }

@@ -2,20 +2,15 @@
 //!
 //! `flock` arrives as a lock on the whole file whose owner is the open file. The kernel tells FLUSH and RELEASE: POSIX locks of a process end when it closes any descriptor of the
 //! file, others with the open file.
-//!
-//! fuser does not deliver INTERRUPT, so who waits for a lock is looked at from outside: a thread that has a signal to take does not wait any longer.
 
 use super::Shared;
+use super::callers::interrupted;
 use super::errno::NoLock;
 use crate::kernel::{Caller, LockOut, LockRange};
 use crate::lock::Asker;
 use crate::namespace::Inode;
 use efc_common::Result;
 use efc_common::lock::{Lock, LockFile, LockOwner, Patience, Verdict};
-use std::time::Duration;
-
-/// How often a waiting thread is looked at.
-const LOOK: Duration = Duration::from_millis(50);
 
 impl Shared {
     /// The file as locks name it: by its number where the origin has one, which stays when it is renamed.
@@ -106,44 +101,3 @@ fn wanted(range: LockRange) -> Lock {
 
 /// Or why not.
 pub(super) type Had<T> = std::result::Result<T, NoLock>;
-
-/// Returns when a thread has had a signal to take for two looks, or has gone. Never for one that cannot be seen (another pid namespace).
-async fn interrupted(thread: u32) {
-    if thread == 0 || std::fs::metadata(format!("/proc/{thread}")).is_err() {
-        return std::future::pending().await;
-    }
-    let mut seen = false;
-    loop {
-        tokio::time::sleep(LOOK).await;
-        let now = has_signal(thread);
-        if seen && now {
-            return;
-        }
-        seen = now;
-    }
-}
-
-fn has_signal(thread: u32) -> bool {
-    let Ok(status) = std::fs::read_to_string(format!("/proc/{thread}/status")) else { return true };
-    let mask = |name: &str| {
-        let line = status.lines().find_map(|l| l.strip_prefix(name));
-        line.and_then(|l| u64::from_str_radix(l.trim(), 16).ok()).unwrap_or(0)
-    };
-    (mask("SigPnd:") | mask("ShdPnd:")) & !mask("SigBlk:") != 0
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_signal_ends_waiting() {
-        let mut child = std::process::Command::new("sleep").arg("100").spawn().expect("sleep");
-        let pid = child.id();
-        let quiet = tokio::time::timeout(Duration::from_millis(300), interrupted(pid)).await;
-        assert!(quiet.is_err(), "nothing to take");
-        child.kill().expect("kill");
-        tokio::time::timeout(Duration::from_secs(5), interrupted(pid)).await.expect("killed");
-        child.wait().expect("wait");
-    }
-}

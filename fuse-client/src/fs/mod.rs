@@ -6,6 +6,7 @@
 
 pub mod attr;
 mod belief;
+mod callers;
 pub mod change;
 pub mod directory;
 pub mod errno;
@@ -349,6 +350,10 @@ impl Shared {
     fn attr_and_ttl(&self, inode: &Inode, dir_ttl: Duration) -> (NodeAttr, Duration) {
         let now = inode.now();
         let ttl = match (self.parts.namespace.follows(), inode.kind) {
+            // Who reads directly sees a length that the kernel does not know of.
+            (true, FileKind::File) if self.files.is_read_directly(inode.id) || self.is_contended(inode) => {
+                Duration::ZERO
+            }
             (true, _) => left(now.fresh_until),
             (false, FileKind::Directory) => dir_ttl,
             (false, _) => FILE_ATTR_TTL,
@@ -366,7 +371,7 @@ impl Shared {
     /// Can GETATTR be answered without asking the origin?
     fn attr_is_known(&self, inode: &Inode) -> bool {
         if self.parts.namespace.follows() {
-            return inode.now().fresh_until > Instant::now();
+            return inode.now().fresh_until > Instant::now() && !inode.is_changing();
         }
         // Prefixes of an object store have no attributes of their own; a NAS directory has.
         inode.kind != FileKind::Directory || self.parts.source.shared_listing()
@@ -393,6 +398,11 @@ impl Shared {
             }
         } else if self.beliefs.is_none() {
             self.refresh(inode, permit.belief).await?;
+        } else if let Some(file) = self.files.direct(inode).filter(|_| inode.is_changing()) {
+            // Readers may see the change already.
+            let mut attr = file.attr().await?.attr;
+            attr.nlink = if self.files.is_parked(inode.id) { 0 } else { attr.nlink };
+            return Ok((AttrOut { attr: self.node_attr(inode.id, &attr), ttl: Duration::ZERO }, permit));
         }
         Ok((self.attr_out(inode, &permit), permit))
     }

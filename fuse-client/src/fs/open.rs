@@ -11,12 +11,35 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+/// How a file is opened, and by whom.
+#[derive(Debug, Clone, Copy)]
+pub struct Opening {
+    /// `open(2)` flags.
+    pub flags: i32,
+    /// The thread that opens it, as the kernel names it.
+    pub by: u32,
+    /// The kernel keeps no pages of what is read and written through it.
+    pub direct: bool,
+}
+
+impl Opening {
+    /// Is it for writing?
+    pub fn writes(self) -> bool {
+        self.flags & libc::O_ACCMODE != libc::O_RDONLY
+    }
+
+    /// Does it read past the kernel's pages, and its idea of the length?
+    pub fn reads_directly(self) -> bool {
+        self.direct && self.flags & libc::O_ACCMODE != libc::O_WRONLY
+    }
+}
+
 /// A handle the kernel holds.
 pub struct Handle {
     /// The node it was opened by.
     pub inode: Arc<Inode>,
-    /// `open(2)` flags.
-    pub flags: i32,
+    /// How and by whom.
+    pub opening: Opening,
     /// The open file of its node.
     pub file: Arc<dyn OpenFile>,
     /// Held while appending: the end must not move between finding and writing it.
@@ -26,12 +49,12 @@ pub struct Handle {
 impl Handle {
     /// May it write?
     pub fn writes(&self) -> bool {
-        self.flags & libc::O_ACCMODE != libc::O_RDONLY
+        self.opening.writes()
     }
 
     /// Does it append?
     pub fn appends(&self) -> bool {
-        self.flags & libc::O_APPEND != 0
+        self.opening.flags & libc::O_APPEND != 0
     }
 }
 
@@ -47,6 +70,7 @@ pub struct Parked {
 struct OpenNode {
     handles: u32,
     writers: u32,
+    direct_readers: u32,
     file: Arc<dyn OpenFile>,
     writable: bool,
     append: Arc<tokio::sync::Mutex<()>>,
@@ -73,12 +97,13 @@ impl OpenFiles {
     }
 
     /// Enters a handle. `file` serves the whole node from now on if it can do more than the one there is.
-    pub fn enter(&self, fh: u64, inode: Arc<Inode>, flags: i32, file: Arc<dyn OpenFile>) {
-        let write = flags & libc::O_ACCMODE != libc::O_RDONLY;
+    pub fn enter(&self, fh: u64, inode: Arc<Inode>, opening: Opening, file: Arc<dyn OpenFile>) {
+        let write = opening.writes();
         let mut t = self.tables.lock();
         let node = t.nodes.entry(inode.id).or_insert_with(|| OpenNode {
             handles: 0,
             writers: 0,
+            direct_readers: 0,
             file: file.clone(),
             writable: write,
             append: Arc::default(),
@@ -86,11 +111,12 @@ impl OpenFiles {
         });
         node.handles += 1;
         node.writers += u32::from(write);
+        node.direct_readers += u32::from(opening.reads_directly());
         if write && !node.writable {
             (node.file, node.writable) = (file.clone(), true);
         }
         let append = node.append.clone();
-        t.handles.insert(fh, Arc::new(Handle { inode, flags, file, append }));
+        t.handles.insert(fh, Arc::new(Handle { inode, opening, file, append }));
     }
 
     /// The handle of a number.
@@ -127,6 +153,11 @@ impl OpenFiles {
         writers.filter_map(|h| Some((h.inode.clone(), t.nodes.get(&h.inode.id)?.file.clone()))).collect()
     }
 
+    /// Is it read past the kernel's pages?
+    pub fn is_read_directly(&self, node: u64) -> bool {
+        self.tables.lock().nodes.get(&node).is_some_and(|n| n.direct_readers > 0)
+    }
+
     /// Is it open?
     pub fn is_open(&self, node: u64) -> bool {
         self.tables.lock().nodes.contains_key(&node)
@@ -151,6 +182,7 @@ impl OpenFiles {
         if let Some(node) = t.nodes.get_mut(&handle.inode.id) {
             node.handles -= 1;
             node.writers -= u32::from(handle.writes());
+            node.direct_readers -= u32::from(handle.opening.reads_directly());
             if node.handles == 0 {
                 parked = t.nodes.remove(&handle.inode.id).and_then(|n| n.parked);
             }

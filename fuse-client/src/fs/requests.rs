@@ -3,6 +3,7 @@
 use super::belief::Permit;
 use super::change::{self, At};
 use super::io::{regular, seek_by_size};
+use super::open::Opening;
 use super::{EfcFs, errno_of, log};
 use crate::kernel::{
     AttrOut, Caller, CreateOut, DirReply, EntryOut, Errno, FileSystem, LockOut, LockRange, LseekOut, Negotiated,
@@ -143,15 +144,17 @@ impl FileSystem for EfcFs {
     ) {
         let name = Bytes::copy_from_slice(name);
         let new = NewNode { what: New::File, mode: mode & 0o7777, uid: ctx.uid, gid: ctx.gid };
-        self.change("create", parent, reply, move |s, dir| async move { s.create(At { dir, name }, new, flags).await });
+        let how = Opening { flags, by: ctx.pid, direct: false };
+        self.change("create", parent, reply, move |s, dir| async move { s.create(At { dir, name }, new, how).await });
     }
 
-    fn open(&self, _ctx: &Caller, node: u64, flags: i32, reply: Reply<OpenOut>) {
+    fn open(&self, ctx: &Caller, node: u64, flags: i32, reply: Reply<OpenOut>) {
         if self.read_only() {
             // The kernel never asks again, and keeps the pages of a file between opens.
             return reply.error(Errno::ENOSYS);
         }
-        self.answer("open", node, reply, move |s, inode| async move { s.open(&inode, flags).await });
+        let how = Opening { flags, by: ctx.pid, direct: false };
+        self.answer("open", node, reply, move |s, inode| async move { s.open(&inode, how).await });
     }
 
     fn read(&self, _ctx: &Caller, node: u64, fh: u64, offset: u64, size: u32, _flags: i32, reply: ReadReply) {
@@ -173,7 +176,7 @@ impl FileSystem for EfcFs {
             match s.read_following(&inode, fh, range.clone()).await {
                 Ok((pieces, permit)) => {
                     reply.slices(&pieces);
-                    if permit.passing {
+                    if permit.passing && !s.files.get(fh).is_ok_and(|h| h.opening.direct) {
                         // The kernel has it as a page now; it is told before what was passed by is given back.
                         s.drop_pages(&inode, range).await;
                     }
@@ -196,12 +199,13 @@ impl FileSystem for EfcFs {
         });
     }
 
-    fn flush(&self, _ctx: &Caller, node: u64, fh: u64, lock_owner: u64, reply: Reply<()>) {
+    fn flush(&self, ctx: &Caller, node: u64, fh: u64, lock_owner: u64, reply: Reply<()>) {
         if self.read_only() {
             return reply.error(Errno::ENOSYS);
         }
+        let by = ctx.pid;
         self.answer("close", node, reply, move |s, inode| async move {
-            let closed = s.close(&*s.files.get(fh)?).await;
+            let closed = s.closed_by(&*s.files.get(fh)?, by).await;
             s.unlock_owner(&inode, lock_owner).await;
             closed
         });

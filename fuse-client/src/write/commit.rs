@@ -140,7 +140,7 @@ impl Core {
         let (node, given) = outcome?;
         let wanted = &inner.metadata;
         let late = Metadata { mtime: wanted.mtime, ..given.clone() };
-        if given.mtime.is_none() && late == *wanted {
+        if given.mtime.is_none() && wanted.mtime == inner.changed && late == *wanted {
             // Only the time of the last write came after the beginning: the store's own is as good.
             inner.metadata.mtime = None;
         } else if given != *wanted {

@@ -187,7 +187,8 @@ impl Inner {
     /// Content was changed.
     pub(super) fn touch(&mut self) {
         let time = now();
-        (self.metadata.mtime, self.changed, self.data_dirty) = (Some(time), Some(time), true);
+        (self.metadata.mtime, self.metadata.ctime, self.changed) = (Some(time), None, Some(time));
+        self.data_dirty = true;
         self.edition = meta::edition();
     }
 
@@ -346,7 +347,11 @@ impl Open {
         {
             self.commit(&mut inner).await?;
         }
-        Ok(self.state.show(&self.core, &inner))
+        let node = self.state.show(&self.core, &inner);
+        if !inner.is_dirty() {
+            self.core.known.learn(&node, &inner.metadata, true);
+        }
+        Ok(node)
     }
 
     /// After a failed attempt to stage: where the staging directory is full, what is staged of this file goes to the store now. Else the error.

@@ -108,12 +108,18 @@ pub(super) fn apply(mut node: Node, m: &Metadata) -> Node {
     attr.uid = m.uid.or(attr.uid);
     attr.gid = m.gid.or(attr.gid);
     attr.mtime = m.mtime.unwrap_or(attr.mtime);
-    attr.ctime = attr.ctime.max(attr.mtime.min(now()));
+    attr.atime = m.atime.or(attr.atime);
+    attr.ctime = attr.ctime.max(attr.mtime.min(now())).max(m.ctime.unwrap_or_default());
     node
 }
 
-/// Enters a change, but for the size. True if anything is another than before.
+/// Enters a change, but for the size. True if anything is another than before that the store has to know: an access time alone is not worth a copy of the object.
 pub(super) fn change(m: &mut Metadata, kind: u32, change: &Change) -> bool {
+    let time = |t: SetTime| match t {
+        SetTime::At(t) => t,
+        SetTime::Now => now(),
+    };
+    m.atime = change.atime.map(time).or(m.atime);
     let before = m.clone();
     if let Some(mode) = change.mode {
         let kind = m.mode.map(|m| m & libc::S_IFMT).filter(|k| *k != 0).unwrap_or(kind);
@@ -121,10 +127,10 @@ pub(super) fn change(m: &mut Metadata, kind: u32, change: &Change) -> bool {
     }
     m.uid = change.uid.or(m.uid);
     m.gid = change.gid.or(m.gid);
-    match change.mtime {
-        Some(SetTime::At(t)) => m.mtime = Some(t),
-        Some(SetTime::Now) => m.mtime = Some(now()),
-        None => {}
+    m.mtime = change.mtime.map(time).or(m.mtime);
+    let changed = *m != before;
+    if changed {
+        m.ctime = Some(now());
     }
-    *m != before
+    changed
 }

@@ -122,7 +122,12 @@ impl Core {
 
     /// The object as it is now, with its metadata remembered.
     async fn head(&self, locator: &Bytes) -> Result<(Node, Metadata)> {
-        let (node, metadata) = self.objects.head(locator).await?;
+        let (node, mut metadata) = self.objects.head(locator).await?;
+        if let Some(known) = self.known.get(&node.locator, &node.version) {
+            // The store does not hear of an access time that is set alone.
+            let with_ours = Metadata { atime: known.metadata.atime, ..metadata.clone() };
+            metadata = if with_ours == known.metadata { with_ours } else { metadata };
+        }
         self.known.learn(&node, &metadata, true);
         Ok((node, metadata))
     }

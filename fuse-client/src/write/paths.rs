@@ -197,16 +197,18 @@ impl Core {
     /// Attributes of a directory are its marker's.
     pub(super) async fn set_directory(&self, locator: &Bytes, change: &Change) -> Result<Node> {
         let kept = self.marker(locator).await?;
-        let mut metadata = kept.clone().unwrap_or_default();
+        let mut there = kept.is_some();
+        let mut metadata = kept.unwrap_or_default();
         if meta::change(&mut metadata, libc::S_IFDIR, change) {
             if !locator.is_empty() {
                 self.objects.put(locator, Vec::new(), &metadata, &Condition::Any).await?;
             } else if change.mode.is_some() || change.uid.is_some() || change.gid.is_some() {
                 return Err(has_none("attributes of a bucket's root: mount a directory of it"));
             }
-            // Times of a bucket's root are known to this mount only, for a while: tools that copy trees set them last.
-            self.known.learn(&directory(locator), &metadata, true);
+            there = true;
         }
+        // Times of a bucket's root and access times are known to this mount only, for a while: tools that copy trees set them last.
+        self.known.learn(&directory(locator), &metadata, there);
         Ok(meta::apply(directory(locator), &metadata))
     }
 

@@ -69,15 +69,6 @@ impl OssServer {
     /// # Errors
     /// As [`OssServer::start`].
     pub fn start_with(options: OssOptions) -> Result<OssServer> {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .thread_name("oss-server")
-            .enable_all()
-            .build()
-            .context("start a runtime")?;
-        let listener = runtime.block_on(TcpListener::bind(("127.0.0.1", options.port)));
-        let listener = listener.with_context(|| format!("listen on 127.0.0.1:{}", options.port))?;
-        let addr = listener.local_addr()?;
         let shared = Arc::new(Shared {
             identities: Mutex::new(options.identities.clone()),
             options,
@@ -88,9 +79,44 @@ impl OssServer {
             in_flight: AtomicU64::new(0),
             next_request: AtomicU64::new(1),
         });
+        let addr = SocketAddr::from(([127, 0, 0, 1], shared.options.port));
+        let mut server = OssServer { shared, addr, stop: None, thread: None };
+        server.start_again()?;
+        Ok(server)
+    }
+
+    /// Dies as by SIGKILL: connections are cut, requests that were not worked on yet never are, further ones are refused. What it stored stays.
+    pub fn kill(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _ = stop.send(());
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+
+    /// Does it serve?
+    pub fn is_up(&self) -> bool {
+        self.thread.is_some()
+    }
+
+    /// Serves again after [`OssServer::kill`], at the same address.
+    ///
+    /// # Errors
+    /// As [`OssServer::start`].
+    pub fn start_again(&mut self) -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("oss-server")
+            .enable_all()
+            .build()
+            .context("start a runtime")?;
+        let listener = runtime.block_on(TcpListener::bind(self.addr));
+        let listener = listener.with_context(|| format!("listen on {}", self.addr))?;
+        self.addr = listener.local_addr()?;
         let (stop, stopped) = oneshot::channel();
         let app = {
-            let shared = shared.clone();
+            let shared = self.shared.clone();
             let handle = move |ConnectInfo(line): ConnectInfo<Line>, request: Request<Body>| {
                 answer(shared.clone(), line, request)
             };
@@ -106,8 +132,9 @@ impl OssServer {
             // Open connections are cut, as when a server dies.
             runtime.shutdown_background();
         };
-        let thread = std::thread::Builder::new().name("oss-server".into()).spawn(run)?;
-        Ok(OssServer { shared, addr, stop: Some(stop), thread: Some(thread) })
+        self.thread = Some(std::thread::Builder::new().name("oss-server".into()).spawn(run)?);
+        self.stop = Some(stop);
+        Ok(())
     }
 
     /// Address it listens on.
@@ -215,12 +242,7 @@ impl OssServer {
 
 impl Drop for OssServer {
     fn drop(&mut self) {
-        if let Some(stop) = self.stop.take() {
-            let _ = stop.send(());
-        }
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.kill();
     }
 }
 
