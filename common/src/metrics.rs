@@ -41,6 +41,12 @@ const fn m(name: &'static str, series: Series, labels: &'static str, help: &'sta
 pub const TABLE: &[Metric] = &[
     m("efc_fuse_requests_total", Series::Counter, "op", "FUSE requests answered"),
     m(
+        "efc_failover_total",
+        Series::Counter,
+        "reason",
+        "mount processes that were replaced: crash, hang, failed (could not take over); counted by their holder",
+    ),
+    m(
         "efc_fuse_errors_total",
         Series::Counter,
         "op,errno",

@@ -386,9 +386,34 @@ impl Mount {
         }
     }
 
-    /// Process id of the daemon.
-    pub fn pid(&self) -> u32 {
+    /// The process that was started.
+    pub fn started(&self) -> u32 {
         self.child.as_ref().map_or(0, Guarded::pid)
+    }
+
+    /// Waits for the daemon's end by itself.
+    ///
+    /// # Errors
+    /// When it does not end well.
+    pub fn ended(mut self) -> Result<()> {
+        self.wait_end()
+    }
+
+    /// The process that serves the mount: the one that was started, or its child where that is a holder.
+    pub fn pid(&self) -> u32 {
+        let started = self.started();
+        let children = std::fs::read_to_string(format!("/proc/{started}/task/{started}/children")).unwrap_or_default();
+        let is_mount = |pid: &u32| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == "efc-fuse")
+        };
+        children.split_whitespace().filter_map(|p| p.parse().ok()).find(is_mount).unwrap_or(started)
+    }
+
+    /// SIGKILL to what serves the mount; its holder, if there is one, starts another.
+    pub fn kill_server(&self) {
+        let pid = nix::unistd::Pid::from_raw(self.pid() as i32);
+        // It may have ended by itself.
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
     }
 
     /// What the daemon logged.
@@ -447,6 +472,10 @@ impl Mount {
         if !out.status.success() {
             bail!("efc-fuse umount: {}", String::from_utf8_lossy(&out.stderr));
         }
+        self.wait_end()
+    }
+
+    fn wait_end(&mut self) -> Result<()> {
         let Some(mut child) = self.child.take() else { return Ok(()) };
         match child.wait_exit(Duration::from_secs(20)) {
             Some(s) if s.success() => Ok(()),

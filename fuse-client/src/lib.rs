@@ -2,13 +2,14 @@
 //!
 //! Rooms: [`kernel`] speaks to /dev/fuse, [`fs`] has one function per operation, [`namespace`] the nodes and directories, [`read`] the
 //! bytes, [`lease`] what may be believed and changed; [`process`] puts them together, [`cluster`] links it to masters and workers, [`embedded`] starts a cluster of one for a mount
-//! without masters, [`control`] and [`tell`] answer questions, [`cli`] is the command line.
+//! without masters, [`holder`] replaces a mount process that dies, [`control`] and [`tell`] answer questions, [`cli`] is the command line.
 
 pub mod cli;
 pub mod cluster;
 pub mod control;
 pub mod embedded;
 pub mod fs;
+pub mod holder;
 pub mod kernel;
 pub mod lease;
 mod lock;

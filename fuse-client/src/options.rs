@@ -63,6 +63,7 @@ after SECONDS (60). ttl (default with ro, 60): any change is seen after that tim
     o("readahead", "SIZE", "how far a sequential stream is read ahead at most (default 32MiB; 0 = off)"),
     o("read_deadline", "DURATION", "a read ends with EIO after this (default 150s)"),
     o("threads", "N", "threads that take kernel requests (default: cores, 2 to 16)"),
+    o("no_failover", "", "no holder: the mount dies with its process (read-write mounts always do)"),
     o("secret", "REF", "credentials: env (default), dir:/path, process:/command, role[:NAME], oidc, anonymous"),
     o("passwd_file", "FILE", "file with KEY_ID:KEY_SECRET[:TOKEN], mode 0600"),
     o("workers_only", "", "testing only: never go to the origin past the workers"),
@@ -93,6 +94,8 @@ pub struct MountOptions {
     pub cache_size_bytes: u64,
     /// Budget of this process, bytes.
     pub memory_bytes: u64,
+    /// A process of its own keeps what another mount process needs to take over.
+    pub failover: bool,
     /// Files are committed behind their close.
     pub writeback: bool,
     /// Staging directory.
@@ -173,6 +176,7 @@ impl MountOptions {
             secret: SecretRef::Env,
             keys: None,
             workers_only: false,
+            failover: true,
             writeback: false,
             source: BTreeMap::new(),
         };
@@ -231,6 +235,7 @@ impl MountOptions {
             "no_default_permissions" => self.default_permissions = false,
             "workers_only" => self.workers_only = true,
             "writeback" => self.writeback = true,
+            "no_failover" => self.failover = false,
             _ => {}
         }
     }

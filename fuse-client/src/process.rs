@@ -6,9 +6,11 @@ use crate::cluster::{ClusterLink, Mounted};
 use crate::control::{self, ControlSocket};
 use crate::fs::directory::Directories;
 use crate::fs::{EfcFs, Parts, Strict};
+use crate::holder::line::Item;
+use crate::holder::{Held, Left};
 use crate::kernel::handover::{self, HandoverLimits, HandoverServer};
-use crate::kernel::{Ended, Mount, MountConfig, Session, SessionConfig, adopt, serve};
-use crate::namespace::{Namespace, Nodes};
+use crate::kernel::{Ended, InitRecord, Mount, MountConfig, Session, SessionConfig, adopt, serve};
+use crate::namespace::{Namespace, Nodes, journal};
 use crate::options::MountOptions;
 use crate::read::source::DataSource;
 use crate::read::{ReadConfig, Reader};
@@ -27,6 +29,8 @@ use efc_common::source::SourceSpec;
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result, log, metrics};
 use efc_proto::convert::cache_policy;
+use parking_lot::Mutex;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -77,18 +81,23 @@ pub fn parse_source(text: &str, options: &MountOptions) -> Result<SourceArg> {
     Ok(SourceArg::Dataset { name: name.into(), path: format!("/{}", path.trim_matches('/')) })
 }
 
-/// Mounts, serves until the mount ends, and cleans up. `ready` is called once, when the mount answers.
+/// Mounts, serves until the mount ends, and cleans up. `ready` is called once, when the mount answers. `held`: what keeps the mount, if something does.
 ///
 /// # Errors
 /// What kept the mount from coming up (nothing stays mounted then), or how serving failed.
-pub fn run(args: &MountArgs, options: MountOptions, ready: impl FnOnce()) -> Result<()> {
+pub fn run(
+    args: &MountArgs,
+    options: MountOptions,
+    held: Option<Arc<Mutex<Held>>>,
+    ready: impl FnOnce(),
+) -> Result<()> {
     // Received blocks live for moments: their memory is to be used again, not mapped anew each time.
     efc_common::alloc::tune(Some(32 << 20), 32 << 20);
     log::install(&args.log_level, args.log_format.parse()?, args.log_file.as_deref())?;
     let exposition = metrics::install()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("efc-fuse").build()?;
     let outcome = runtime.block_on(async {
-        let process = Process::start(args, options, exposition).await?;
+        let process = Process::start(args, options, exposition, held).await?;
         ready();
         process.serve().await
     });
@@ -143,6 +152,15 @@ async fn dataset(
     Ok((spec, consistency, cache_policy(d.cache)))
 }
 
+/// Who served the mount before.
+enum Before {
+    Nobody,
+    /// It hands the mount over.
+    Lives(handover::Taken),
+    /// Its holder kept what it left.
+    Died(Left),
+}
+
 /// A mount that is up.
 struct Process {
     mount: Mount,
@@ -156,7 +174,16 @@ struct Process {
 }
 
 impl Process {
-    async fn start(args: &MountArgs, options: MountOptions, exposition: metrics::PrometheusHandle) -> Result<Process> {
+    async fn start(
+        args: &MountArgs,
+        options: MountOptions,
+        exposition: metrics::PrometheusHandle,
+        held: Option<Arc<Mutex<Held>>>,
+    ) -> Result<Process> {
+        let begun = Instant::now();
+        for (reason, count) in held.iter().flat_map(|h| h.lock().failovers.clone()) {
+            metrics::counter!("efc_failover_total", "reason" => reason).absolute(count);
+        }
         let source = resolve(args, &options).await?;
         let origin = connect_counted(&source.mounted.spec, source.mounted.keys.as_ref()).await?;
         let root = origin.backend.root().await?;
@@ -180,15 +207,28 @@ impl Process {
         }
         let data = Arc::new(DataSource::new(backend, Some(cluster.peers.clone()), options.workers_only));
 
-        let taken = if args.takeover {
-            Some(handover::take(&handover_path(&args.mountpoint), TAKEOVER_DEADLINE)?)
-        } else {
-            None
+        let before = match held.as_ref().and_then(|h| h.lock().take()) {
+            Some(left) => Before::Died(left),
+            None if args.takeover => {
+                Before::Lives(handover::take(&handover_path(&args.mountpoint), TAKEOVER_DEADLINE)?)
+            }
+            None => Before::Nobody,
         };
-        let namespace = Arc::new(match &taken {
-            Some(t) => Namespace::restore(&t.state, nodes)?,
-            None => Namespace::new(root, nodes),
-        });
+        let mut namespace = match &before {
+            Before::Died(left) => Namespace::restore(&journal::read(&left.nodes)?, nodes)?,
+            Before::Lives(t) => Namespace::load(&t.state, nodes)?,
+            Before::Nobody => Namespace::new(root, nodes),
+        };
+        // What follows its files has more than its nodes to hand on.
+        let held = held.filter(|_| nodes == Nodes::Versions);
+        if let Some(held) = held.clone() {
+            namespace.write_down(Box::new(move |fd| held.lock().keep(Item::Nodes, "", Some(fd))))?;
+        }
+        let namespace = Arc::new(namespace);
+        let keep = |fd: BorrowedFd<'_>| match &held {
+            Some(held) => held.lock().keep(Item::Connection, "", Some(fd)),
+            None => Ok(()),
+        };
         let listing_bytes = options.memory_bytes / LISTING_SHARE;
         let staged_bytes = if tree.is_some() { options.memory_bytes / STAGING_SHARE } else { 0 };
         let budget = ByteBudget::new(options.memory_bytes - listing_bytes - staged_bytes);
@@ -219,16 +259,29 @@ impl Process {
             locks: options.read_write && strict,
             ..SessionConfig::default()
         };
-        let (session, mount) = match taken {
-            Some(t) => {
+        let (session, mount) = match before {
+            Before::Died(left) => {
+                let mount = Mount::existing(&args.mountpoint)?;
+                let record = InitRecord::from_bytes(left.init.as_bytes())?;
+                let session = adopt(fs.clone(), left.connection, &record, &config)?;
+                let (nodes, took_ms) = (namespace.len(), begun.elapsed().as_millis() as u64);
+                info!(nodes, took_ms, "took the mount over from a process that is gone");
+                (session, mount)
+            }
+            Before::Lives(t) => {
                 let mount = Mount::existing(&args.mountpoint)?;
                 let (fd, record, _, confirm) = t.into_parts();
+                keep(fd.as_fd())?;
                 let session = adopt(fs.clone(), fd, &record, &config)?;
                 confirm.ready()?;
                 (session, mount)
             }
-            None => serve(fs.clone(), &mount_config(args, &options, &source), &config)?,
+            Before::Nobody => serve(fs.clone(), &mount_config(args, &options, &source), &config, keep)?,
         };
+        if let Some(held) = &held {
+            let record = String::from_utf8_lossy(&session.init_record().to_bytes()?).into_owned();
+            held.lock().keep(Item::Init, &record, None)?;
+        }
         let session = Arc::new(session);
         fs.set_session(&session);
         let teller = Arc::new(Teller {

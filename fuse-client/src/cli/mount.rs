@@ -6,16 +6,19 @@
 use super::MountArgs;
 use crate::control::{self, Request};
 use crate::embedded::default_data_dir;
+use crate::holder::{self, Held};
 use crate::kernel::{self, Mount};
 use crate::options::MountOptions;
 use crate::process;
 use efc_common::error::Context as _;
-use efc_common::{Error, Kind, Result};
+use efc_common::{Error, Kind, Result, log};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What a daemon says to the command that started it.
@@ -48,8 +51,12 @@ pub fn mount(mut args: MountArgs) -> Result<()> {
     let who = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
     let options = MountOptions::parse(&args.options, who)?;
     process::parse_source(&args.source, &options)?;
-    if !args.takeover {
+    let held = Held::inherited()?;
+    if !args.takeover && held.is_none() {
         kernel::check(&args.mountpoint)?;
+    }
+    if let Some(held) = held {
+        return serve_held(&args, options, held);
     }
     if args.foreground || args.daemon_child {
         return foreground(&args, options);
@@ -66,11 +73,30 @@ fn foreground(args: &MountArgs, options: MountOptions) -> Result<()> {
             println!("mounted");
         }
     };
-    let done = process::run(args, options, ready);
+    let done = if options.failover && !options.read_write {
+        log::install(&args.log_level, args.log_format.parse()?, args.log_file.as_deref())?;
+        holder::run(args, ready)
+    } else {
+        process::run(args, options, None, ready)
+    };
     if let (true, Err(e)) = (child, &done) {
         say(&Report::Failed { code: super::exit_code(e), message: e.to_string() });
     }
     done
+}
+
+/// The mount process of a holder, which tells others how it went.
+fn serve_held(args: &MountArgs, options: MountOptions, held: Held) -> Result<()> {
+    held.guard(!args.daemon_child)?;
+    let held = Arc::new(Mutex::new(held));
+    let ready = || held.lock().ready();
+    let done = process::run(args, options, Some(held.clone()), ready);
+    let (code, text) = match &done {
+        Ok(()) => (0, None),
+        Err(e) => (super::exit_code(e), Some(e.to_string())),
+    };
+    held.lock().bye(code, text);
+    std::process::exit(i32::from(code));
 }
 
 /// Writes the report to stdout, which is the pipe; later writes go nowhere once the parent has left.

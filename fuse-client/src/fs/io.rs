@@ -157,9 +157,13 @@ impl Shared {
             Some(file) => file,
             None => self.tree()?.open(&inode.locator(), write).await?,
         };
-        let direct = permit.passing || self.is_direct(inode, how);
-        let how = Opening { direct, ..how };
-        if how.reads_directly() && !self.files.is_read_directly(inode.id) {
+        let how = Opening { direct: permit.passing || self.is_direct(inode, how), ..how };
+        // Of a contended file the kernel believes no length anyway.
+        if how.reads_directly()
+            && !permit.passing
+            && !self.is_contended(inode)
+            && !self.files.is_read_directly(inode.id)
+        {
             self.drop_length(inode).await;
         }
         Ok((self.opened(inode, how, file), permit))
@@ -217,6 +221,7 @@ impl Shared {
             }
         }
         let permit = permit?;
+        let _whole = if direct { Some(inode.content.read().await) } else { None };
         let pieces = self.read_now(inode, fh, range, permit.belief).await?;
         Ok((pieces, permit))
     }
@@ -278,12 +283,13 @@ impl Shared {
         }
         let len = data.len() as u32;
         let inode = &handle.inode;
+        let _only_one = if handle.appends() { Some(handle.append.lock().await) } else { None };
+        let _alone = if self.files.is_read_directly(inode.id) { Some(inode.content.write().await) } else { None };
         if !handle.appends() {
             let change = inode.begin();
             change.finish(handle.file.write(offset, data).await?, belief.ttl);
             return Ok(len);
         }
-        let _only_one = handle.append.lock().await;
         let change = inode.begin();
         let end = handle.file.attr().await?.attr.size;
         change.finish(handle.file.write(end, data).await?, belief.ttl);

@@ -45,7 +45,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 /// A file's attributes never change under its node, so the kernel may keep them as long as it likes.
 const FILE_ATTR_TTL: Duration = Duration::from_secs(30 * 86400);
@@ -363,7 +363,11 @@ impl Shared {
 
     fn found(&self, permit: &Permit, dir: &Arc<Inode>, name: &Bytes, found: Found) -> EntryOut {
         match found.node {
-            Some(node) => self.entry(permit, dir, (name, &node), found.seen).1,
+            Some(node) => {
+                let entry = self.entry(permit, dir, (name, &node), found.seen).1;
+                self.write_down();
+                entry
+            }
             None => EntryOut { entry_ttl: self.name_ttl(found.seen), ..EntryOut::default() },
         }
     }
@@ -371,7 +375,7 @@ impl Shared {
     /// Can GETATTR be answered without asking the origin?
     fn attr_is_known(&self, inode: &Inode) -> bool {
         if self.parts.namespace.follows() {
-            return inode.now().fresh_until > Instant::now() && !inode.is_changing();
+            return inode.now().fresh_until > Instant::now();
         }
         // Prefixes of an object store have no attributes of their own; a NAS directory has.
         inode.kind != FileKind::Directory || self.parts.source.shared_listing()
@@ -398,11 +402,6 @@ impl Shared {
             }
         } else if self.beliefs.is_none() {
             self.refresh(inode, permit.belief).await?;
-        } else if let Some(file) = self.files.direct(inode).filter(|_| inode.is_changing()) {
-            // Readers may see the change already.
-            let mut attr = file.attr().await?.attr;
-            attr.nlink = if self.files.is_parked(inode.id) { 0 } else { attr.nlink };
-            return Ok((AttrOut { attr: self.node_attr(inode.id, &attr), ttl: Duration::ZERO }, permit));
         }
         Ok((self.attr_out(inode, &permit), permit))
     }
@@ -463,12 +462,20 @@ impl Shared {
             };
             reply.add(&e.name, i as u64 + DOTS + 1, &entry);
         }
+        self.write_down();
         reply.finish();
+    }
+
+    /// What the kernel is about to be told of nodes is kept for a successor.
+    fn write_down(&self) {
+        if let Err(e) = self.parts.namespace.commit() {
+            error!(error = %e, "nodes cannot be written down; after a crash of this process some would be stale");
+        }
     }
 
     /// The file is no longer what its node says: the kernel drops the name, so that the next open finds the new version.
     fn gone_stale(&self, inode: &Arc<Inode>) {
-        if !inode.mark_stale() {
+        if !self.parts.namespace.mark_stale(inode) {
             return;
         }
         if let Some(d) = inode.dentry() {

@@ -176,8 +176,8 @@ impl FileSystem for EfcFs {
             match s.read_following(&inode, fh, range.clone()).await {
                 Ok((pieces, permit)) => {
                     reply.slices(&pieces);
-                    if permit.passing && !s.files.get(fh).is_ok_and(|h| h.opening.direct) {
-                        // The kernel has it as a page now; it is told before what was passed by is given back.
+                    if permit.passing {
+                        // The kernel may have it as a page now (also of a mapping of a direct descriptor); it is told before what was passed by is given back.
                         s.drop_pages(&inode, range).await;
                     }
                 }

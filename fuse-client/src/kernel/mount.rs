@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -59,12 +59,17 @@ pub enum Unmounted {
     NotMounted,
 }
 
-/// Mounts and serves. On failure nothing is left mounted.
+/// Mounts and serves. On failure nothing is left mounted. `keep` gets the connection before anything is mounted with it.
 ///
 /// # Errors
-/// Those of [`Mount::new`] and [`Session::start`].
-pub fn serve(fs: Arc<dyn FileSystem>, mount: &MountConfig, session: &SessionConfig) -> Result<(Session, Mount)> {
-    let (mounted, fd) = Mount::new(mount)?;
+/// Those of [`Mount::new`], `keep` and [`Session::start`].
+pub fn serve(
+    fs: Arc<dyn FileSystem>,
+    mount: &MountConfig,
+    session: &SessionConfig,
+    keep: impl FnOnce(BorrowedFd<'_>) -> Result<()>,
+) -> Result<(Session, Mount)> {
+    let (mounted, fd) = Mount::new(mount, keep)?;
     match Session::start(fs, fd, session) {
         Ok(running) => {
             mounted.apply_read_ahead(session);
@@ -104,13 +109,13 @@ pub fn check(mountpoint: &Path) -> Result<PathBuf> {
 }
 
 impl Mount {
-    /// Mounts. Requests queue in the returned fd until a session serves it; dropping the fd kills the mount but leaves it in the tree.
+    /// Mounts, when `keep` has got the connection. Requests queue in the returned fd until a session serves it; dropping the fd kills the mount but leaves it in the tree.
     ///
     /// # Errors
     /// [`Kind::NotFound`], [`Kind::NotADirectory`] for the mountpoint; [`Kind::Busy`] when something is mounted on it;
     /// [`Kind::Unsupported`] without /dev/fuse or FUSE in the kernel; [`Kind::PermissionDenied`] without the right to mount;
     /// [`Kind::Invalid`] for a name the kernel cannot take.
-    pub fn new(config: &MountConfig) -> Result<(Mount, OwnedFd)> {
+    pub fn new(config: &MountConfig, keep: impl FnOnce(BorrowedFd<'_>) -> Result<()>) -> Result<(Mount, OwnedFd)> {
         let mountpoint = check(&config.mountpoint)?;
         let shown = mountpoint.display();
         if config.source.is_empty() || config.source.contains('\0') {
@@ -120,6 +125,7 @@ impl Mount {
             raise_max_pages_limit(pages);
         }
         let fd = open_device()?;
+        keep(fd.as_fd())?;
         let mut flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         flags.set(MsFlags::MS_RDONLY, config.read_only);
         let options = options(config, fd.as_raw_fd());

@@ -133,11 +133,6 @@ impl Inode {
         Change { inode: self.clone(), finished: false }
     }
 
-    /// Is a change of our own under way, which the origin may have made already?
-    pub fn is_changing(&self) -> bool {
-        self.changes.lock().running > 0
-    }
-
     /// Takes over what the origin says, unless a change of our own may be newer.
     pub(super) fn update(&self, node: &Node, seen: Seen) -> Update {
         let changes = self.changes.lock();

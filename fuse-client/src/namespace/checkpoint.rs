@@ -1,6 +1,7 @@
 //! The namespace as bytes, for a successor process: node ids must mean the same to it, because the kernel goes on using them.
 //! Layout: `proto/efc/state.proto`.
 
+use super::journal::wire;
 use super::{Dentry, Inode, Namespace, Nodes, ROOT_ID};
 use bytes::Bytes;
 use efc_common::{Error, Kind, Result};
@@ -13,62 +14,62 @@ use std::time::Instant;
 
 const FORMAT: u32 = 1;
 
+fn bad(what: &'static str) -> Error {
+    Error::new(Kind::Corrupt, format!("checkpoint of the predecessor: {what}"))
+}
+
 impl Namespace {
-    /// Everything the kernel may still name. The caller has stopped answering requests.
+    /// Everything the kernel may still name, as bytes. The caller has stopped answering requests.
     pub fn save(&self) -> Vec<u8> {
-        let inodes = self
-            .all()
-            .iter()
-            .map(|i| (i, i.dentry(), i.now()))
-            // What has no name any more is not found again.
-            .filter(|(i, d, _)| d.is_some() || i.id == ROOT_ID)
-            .map(|(i, d, now)| state::Inode {
-                id: i.id,
-                parent: d.as_ref().map_or(0, |d| d.parent.id),
-                name: d.map_or(Bytes::new(), |d| d.name),
-                node: Some(convert::node_to_wire(&efc_common::node::Node {
-                    locator: now.locator.clone(),
-                    version: now.version.clone(),
-                    attr: now.attr.clone(),
-                })),
-                lookups: i.lookups.load(Ordering::Acquire),
-                stale: i.stale.load(Ordering::Acquire),
-            })
-            .collect();
-        let next_id = self.next_id.load(Ordering::Relaxed);
-        state::Checkpoint { format: FORMAT, next_id, inodes }.encode_to_vec()
+        self.checkpoint().encode_to_vec()
+    }
+
+    /// Everything the kernel may still name. Nothing may change it meanwhile.
+    pub(super) fn checkpoint(&self) -> state::Checkpoint {
+        let inodes = self.all().iter().map(|i| wire(i)).collect();
+        state::Checkpoint { format: FORMAT, next_id: self.next_id.load(Ordering::Relaxed), inodes }
     }
 
     /// The namespace of a predecessor.
     ///
     /// # Errors
     /// [`Kind::Corrupt`] for bytes that are not a checkpoint of this format, for ids used twice and for children without their parent.
-    pub fn restore(saved: &[u8], nodes: Nodes) -> Result<Self> {
-        let bad = |what: &'static str| Error::new(Kind::Corrupt, format!("checkpoint of the predecessor: {what}"));
-        let c = state::Checkpoint::decode(saved).map_err(|e| bad("does not decode").caused_by(e))?;
+    pub fn load(saved: &[u8], nodes: Nodes) -> Result<Self> {
+        Self::restore(&state::Checkpoint::decode(saved).map_err(|e| bad("does not decode").caused_by(e))?, nodes)
+    }
+
+    /// The namespace that a checkpoint says.
+    ///
+    /// # Errors
+    /// As [`Namespace::load`].
+    pub fn restore(c: &state::Checkpoint, nodes: Nodes) -> Result<Self> {
         if c.format != FORMAT {
             return Err(bad("unknown format").with("format", c.format));
         }
         let mut known: HashMap<u64, Arc<Inode>> = HashMap::with_capacity(c.inodes.len());
         let mut children: HashMap<u64, HashMap<Bytes, u64>> = HashMap::new();
         // A directory's id is older, hence lower, than those of what was found in it; `save` writes them in order.
-        for saved in c.inodes {
-            let node = convert::node_from_wire(saved.node.ok_or_else(|| bad("node without content"))?)?;
-            let parent = match (saved.id, saved.parent) {
-                (ROOT_ID, 0) => None,
-                (_, p) => Some(known.get(&p).cloned().ok_or_else(|| bad("child before its parent"))?),
-            };
-            if parent.as_ref().is_some_and(|p| p.dir.is_none()) || saved.id >= c.next_id || saved.id == 0 {
+        let mut last = 0;
+        for saved in &c.inodes {
+            if saved.id <= last {
+                return Err(bad("node id used twice, or out of order"));
+            }
+            last = saved.id;
+            let node = convert::node_from_wire(saved.node.clone().ok_or_else(|| bad("node without content"))?)?;
+            // The kernel may have forgotten the directory of what it still knows: that is not found by its name again.
+            let parent = known.get(&saved.parent).cloned();
+            if parent.as_ref().is_some_and(|p| p.dir.is_none()) || saved.id >= c.next_id || saved.parent >= saved.id {
                 return Err(bad("impossible node"));
             }
+            let placed = parent.is_some();
             let dentry = parent.map(|parent| Dentry { parent, name: saved.name.clone() });
             let inode = Inode::new(saved.id, dentry, node, Instant::now(), saved.lookups);
             inode.stale.store(saved.stale, Ordering::Release);
-            if known.insert(saved.id, Arc::new(inode)).is_some() {
-                return Err(bad("node id used twice"));
-            }
+            known.insert(saved.id, Arc::new(inode));
             // Of several versions of one name the newest, with the highest id, is the one to be found again.
-            children.entry(saved.parent).or_default().insert(saved.name, saved.id);
+            if placed {
+                children.entry(saved.parent).or_default().insert(saved.name.clone(), saved.id);
+            }
         }
         let root = known.remove(&ROOT_ID).ok_or_else(|| bad("no root"))?;
         let ns = Namespace::empty(c.next_id, nodes);
@@ -95,7 +96,7 @@ mod tests {
         let d = ns.intern(&ns.root(), &name("d"), &dir("p/d/"), seen()).0;
         let old = ns.intern(&d, &name("f"), &file("p/d/f", "1"), seen()).0;
         let new = ns.intern(&d, &name("f"), &file("p/d/f", "2"), seen()).0;
-        let back = Namespace::restore(&ns.save(), Nodes::Versions).expect("restore");
+        let back = Namespace::load(&ns.save(), Nodes::Versions).expect("restore");
         assert_eq!(back.len(), ns.len());
         for i in [&d, &old, &new] {
             let j = back.get(i.id).expect("known");
@@ -111,7 +112,7 @@ mod tests {
     proptest! {
         #[test]
         fn garbage_is_refused_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            let _ = Namespace::restore(&bytes, Nodes::Versions);
+            let _ = Namespace::load(&bytes, Nodes::Versions);
         }
     }
 
@@ -123,7 +124,7 @@ mod tests {
         let refuse = |change: &dyn Fn(&mut state::Checkpoint)| {
             let mut c = good.clone();
             change(&mut c);
-            assert!(Namespace::restore(&c.encode_to_vec(), Nodes::Versions).is_err_and(|e| e.is(Kind::Corrupt)));
+            assert!(Namespace::restore(&c, Nodes::Versions).is_err_and(|e| e.is(Kind::Corrupt)));
         };
         refuse(&|c| c.format = 9);
         refuse(&|c| c.inodes.reverse());

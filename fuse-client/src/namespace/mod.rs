@@ -13,13 +13,16 @@
 
 pub mod change;
 pub mod checkpoint;
+pub mod journal;
 pub mod listing;
 
 use bytes::Bytes;
 use change::{Changes, Update};
+use efc_common::Result;
 use efc_common::id::{ContentId, SourceId};
 use efc_common::lease::{DirKey, GrantNumber};
 use efc_common::node::{Attr, FileKind, Node};
+use journal::{Journal, Keep};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -133,6 +136,8 @@ pub struct Inode {
     pub dir: Option<DirState>,
     /// Reads that wait for a lease: the kernel holds pages for them, which are empty until they are answered.
     pub waiting_reads: Mutex<Vec<Range<u64>>>,
+    /// Held by whoever writes while others read past the kernel's pages: those see whole writes, and only such as the attributes tell of.
+    pub content: tokio::sync::RwLock<()>,
     /// Sequential streams over a file, made at the first read.
     pub streams: Mutex<Option<Box<crate::read::stream::Streams>>>,
 }
@@ -192,6 +197,7 @@ impl Inode {
             lost: AtomicBool::new(false),
             dir: (kind == FileKind::Directory).then(DirState::default),
             waiting_reads: Mutex::default(),
+            content: tokio::sync::RwLock::default(),
             streams: Mutex::new(None),
         }
     }
@@ -226,11 +232,6 @@ impl Inode {
         let mut now = self.now.write();
         let node = Node { locator: now.locator.clone(), version: now.version.clone(), attr };
         *now = Content::new(node, now.fresh_until);
-    }
-
-    /// The origin no longer has this version: the next look-up makes a new node even if the listing looks the same. True the first time.
-    pub fn mark_stale(&self) -> bool {
-        !self.stale.swap(true, Ordering::AcqRel)
     }
 
     /// Path below the mount point, for messages; bytes that are not UTF-8 are shown as U+FFFD.
@@ -332,6 +333,9 @@ pub struct Namespace {
     linked: Mutex<HashMap<u64, u64>>,
     next_id: AtomicU64,
     count: AtomicU64,
+    journal: Option<Journal>,
+    /// Held shared by whoever changes something that is written down, alone for a new journal.
+    gate: RwLock<()>,
 }
 
 impl Namespace {
@@ -351,7 +355,35 @@ impl Namespace {
             linked: Mutex::default(),
             next_id: AtomicU64::new(next_id),
             count: AtomicU64::new(0),
+            journal: None,
+            gate: RwLock::default(),
         }
+    }
+
+    /// From now on everything is written down, in files that are given to `keep`. For nodes that are versions.
+    ///
+    /// # Errors
+    /// Those of the first file.
+    pub fn write_down(&mut self, keep: Keep) -> Result<()> {
+        self.journal = Some(Journal::new(&self.checkpoint(), keep)?);
+        Ok(())
+    }
+
+    /// What was interned since the last time is written down: to be called before the kernel is told.
+    ///
+    /// # Errors
+    /// Those of the journal: want of memory.
+    pub fn commit(&self) -> Result<()> {
+        match &self.journal {
+            Some(journal) if journal.commit()? => self.renew_journal(),
+            _ => Ok(()),
+        }
+    }
+
+    fn renew_journal(&self) -> Result<()> {
+        let Some(journal) = &self.journal else { return Ok(()) };
+        let _alone = self.gate.write();
+        journal.renew(&self.checkpoint())
     }
 
     fn shard(&self, id: u64) -> &RwLock<HashMap<u64, Arc<Inode>>> {
@@ -397,11 +429,15 @@ impl Namespace {
         let Some(state) = &dir.dir else {
             unreachable!("names are interned in directories only");
         };
+        let _gate = self.gate.read();
         let mut children = state.children.lock();
         let known = children.get(name).and_then(|id| self.get(*id));
         if let Some(known) = known {
             let same = if self.follows() { known.is_file(node) } else { known.is_version(node) };
             if same && known.revive() {
+                if let Some(journal) = &self.journal {
+                    journal.seen(known.id);
+                }
                 let moved = match self.nodes {
                     Nodes::Follow => self.refresh(&known, node, seen) == Update::Moved,
                     Nodes::Versions => {
@@ -432,6 +468,9 @@ impl Namespace {
         let inode = Arc::new(Inode::new(id, Some(dentry), node.clone(), seen.fresh_until, 1));
         self.insert(inode.clone());
         children.insert(name.clone(), id);
+        if let Some(journal) = &self.journal {
+            journal.node(&inode);
+        }
         drop(children);
         self.note_links(&inode, &node.attr);
         (inode, false)
@@ -467,6 +506,10 @@ impl Namespace {
             return;
         }
         let Some(inode) = self.get(id) else { return };
+        let _gate = self.gate.read();
+        if let Some(journal) = &self.journal {
+            journal.forgotten(id, count);
+        }
         let before = inode.lookups.fetch_sub(count, Ordering::AcqRel);
         debug_assert!(before >= count, "kernel forgot {count} of {before} look-ups of {}", inode.path());
         if before > count {
@@ -491,6 +534,15 @@ impl Namespace {
         if self.shard(id).write().remove(&id).is_some() {
             self.count.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+
+    /// The origin no longer has this version of a node: the next look-up makes a new one even if the listing looks the same. True the first time.
+    pub fn mark_stale(&self, inode: &Inode) -> bool {
+        let first = !inode.stale.swap(true, Ordering::AcqRel);
+        if first && let Some(journal) = &self.journal {
+            journal.stale(inode.id);
+        }
+        first
     }
 
     /// All of them, parents before their children.
@@ -548,7 +600,7 @@ mod tests {
         let ns = Namespace::new(dir(""), Nodes::Versions);
         let name = Bytes::from_static(b"f");
         let a = ns.intern(&ns.root(), &name, &file("f", "1"), seen()).0;
-        assert!(a.mark_stale() && !a.mark_stale());
+        assert!(ns.mark_stale(&a) && !ns.mark_stale(&a));
         assert_ne!(ns.intern(&ns.root(), &name, &file("f", "1"), seen()).0.id, a.id);
     }
 

@@ -13,6 +13,7 @@ use efc_common::metrics::{Counter, counter};
 use efc_common::node::{Entry, Node};
 use efc_common::{Error, Kind, Result};
 use futures::stream::{self, BoxStream, StreamExt};
+use parking_lot::Mutex;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -66,7 +67,12 @@ pub struct DataSource {
     origin: TierCounters,
     /// Reads go past the workers at the moment: said once, not once a read.
     degraded: AtomicBool,
+    /// What the origin said of its space the last time.
+    stats: Mutex<Option<FsStats>>,
 }
+
+/// How long an origin may take to tell of its space.
+const STATFS_PATIENCE: Duration = Duration::from_secs(1);
 
 impl DataSource {
     /// A source read through `peers` if there are any; with `workers_only` never past them.
@@ -80,6 +86,7 @@ impl DataSource {
             remote: TierCounters::new("remote_worker"),
             origin: TierCounters::new("origin"),
             degraded: AtomicBool::new(false),
+            stats: Mutex::default(),
         }
     }
 
@@ -248,7 +255,15 @@ impl DataSource {
                 ..FsStats::default()
             });
         }
-        self.backend.statfs().await
+        match tokio::time::timeout(STATFS_PATIENCE, self.backend.statfs()).await {
+            Ok(answer) => {
+                let stats = answer?;
+                *self.stats.lock() = Some(stats);
+                Ok(stats)
+            }
+            // An origin that does not answer is no reason for `df` to wait, nor for the mount to seem to hang.
+            Err(_) => Ok(self.stats.lock().unwrap_or_default()),
+        }
     }
 }
 

@@ -160,7 +160,9 @@ fn a_lost_or_panicking_request_is_eio_and_the_mount_goes_on() {
 fn mounting_fails_with_a_reason_and_leaves_nothing() {
     let dir = tempfile::tempdir().expect("dir");
     let fails = |path: &std::path::Path| {
-        let e = serve(Arc::new(MemFs::new()), &mount_config(path), &SessionConfig::default()).err().expect("fails");
+        let e = serve(Arc::new(MemFs::new()), &mount_config(path), &SessionConfig::default(), |_| Ok(()))
+            .err()
+            .expect("fails");
         (e.kind(), e.to_string())
     };
     let (kind, text) = fails(&dir.path().join("absent"));
@@ -180,7 +182,7 @@ fn mounting_fails_with_a_reason_and_leaves_nothing() {
     assert_eq!(m.guarded(move || fs::read(path)).expect("reads").len(), 1);
 
     // A session that cannot start takes its mount away again: the fd it gets is no FUSE connection.
-    let (mount, fd) = Mount::new(&mount_config(dir.path())).expect("mounts");
+    let (mount, fd) = Mount::new(&mount_config(dir.path()), |_| Ok(())).expect("mounts");
     let null = File::open("/dev/null").expect("opens");
     assert!(Session::start(Arc::new(MemFs::new()), null.into(), &SessionConfig::default()).is_err());
     drop(fd);

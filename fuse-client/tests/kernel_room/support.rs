@@ -309,7 +309,7 @@ impl Mounted {
         let mut config = mount_config(dir.path());
         change(&mut config);
         let fs = Arc::new(fs);
-        let (session, mount) = serve(fs.clone(), &config, &session).expect("mounts");
+        let (session, mount) = serve(fs.clone(), &config, &session, |_| Ok(())).expect("mounts");
         Mounted { fs, session: Some(Arc::new(session)), mount, dir }
     }
 

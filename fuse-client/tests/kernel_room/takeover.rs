@@ -229,7 +229,7 @@ struct Held {
 impl Held {
     fn new() -> Held {
         let (dir, run) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
-        let (mount, fd) = Mount::new(&mount_config(dir.path())).expect("mounts");
+        let (mount, fd) = Mount::new(&mount_config(dir.path()), |_| Ok(())).expect("mounts");
         Held { mount, fd, dir, run }
     }
 

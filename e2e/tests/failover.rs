@@ -1,0 +1,172 @@
+//! Mount processes that are killed or stopped: their holder starts another, and applications see a pause.
+
+use efc_e2e::{Cluster, Mount, WorkerSpec, wait_for, within};
+use efc_testkit::oss::{OssOptions, OssServer};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const FILES: usize = 40;
+const LEN: usize = 300_000;
+
+fn content(i: usize) -> Vec<u8> {
+    (0..LEN).map(|k| ((k * 31) ^ (i * 7)) as u8).collect()
+}
+
+/// Threads that read, list and look up until they are told to stop; any error is a panic.
+struct Load {
+    stop: Arc<AtomicBool>,
+    done: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<Duration>>,
+}
+
+impl Load {
+    fn start(path: &Path) -> Load {
+        let (stop, done): (Arc<AtomicBool>, Arc<AtomicU64>) = Default::default();
+        let threads = (0..4).map(|t| {
+            let (stop, done, path) = (stop.clone(), done.clone(), path.to_path_buf());
+            std::thread::spawn(move || {
+                let (mut i, mut longest) = (t * 11, Duration::ZERO);
+                while !stop.load(Relaxed) {
+                    let begun = Instant::now();
+                    i = (i + 1) % FILES;
+                    step(t, i, &path);
+                    longest = longest.max(begun.elapsed());
+                    done.fetch_add(1, Relaxed);
+                }
+                longest
+            })
+        });
+        Load { threads: threads.collect(), stop, done }
+    }
+
+    /// Waits until so much more was done.
+    fn more(&self, steps: u64) {
+        let want = self.done.load(Relaxed) + steps;
+        wait_for("work to go on", PATIENCE, || Ok(self.done.load(Relaxed) >= want)).expect("work");
+    }
+
+    /// The longest step of all.
+    fn finish(self) -> Duration {
+        self.stop.store(true, Relaxed);
+        let threads = self.threads;
+        within(PATIENCE, move || threads.into_iter().map(|t| t.join().expect("a reader saw an error")).max())
+            .unwrap_or_default()
+    }
+}
+
+fn step(thread: usize, i: usize, path: &Path) {
+    if thread == 3 {
+        let names = fs::read_dir(path.join("d")).expect("list").map(|e| e.expect("entry").file_name());
+        assert_eq!(names.count(), FILES);
+        let missing = fs::metadata(path.join(format!("d/none{i}")));
+        assert_eq!(missing.err().map(|e| e.kind()), Some(std::io::ErrorKind::NotFound));
+        return;
+    }
+    let file = File::open(path.join(format!("d/f{i:03}"))).expect("open");
+    // Out of the page cache, so that the mount process is really asked.
+    let _ = nix::fcntl::posix_fadvise(&file, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+    let mut got = vec![0; LEN];
+    file.read_exact_at(&mut got, 0).expect("read");
+    assert_eq!(got, content(i), "file {i}");
+}
+
+struct Rig {
+    mount: Mount,
+    _cluster: Cluster,
+    _store: OssServer,
+}
+
+fn rig() -> Rig {
+    let s = OssServer::start_with(OssOptions::s3()).expect("server");
+    s.create_bucket("b");
+    (0..FILES).for_each(|i| s.put("b", format!("d/f{i:03}"), content(i)));
+    let worker = WorkerSpec { memory: "128MiB".into(), ..WorkerSpec::default() };
+    let cluster = Cluster::start(1, &[worker]).expect("cluster");
+    let options = [&cluster.option(), &format!("endpoint={}", s.endpoint())[..], "region=us-east-1"];
+    let mount = Mount::start("s3://b", &options, &s.target().env()).expect("mount");
+    Rig { mount, _cluster: cluster, _store: s }
+}
+
+fn numbers(path: PathBuf) -> Vec<u64> {
+    within(PATIENCE, move || {
+        (0..FILES).map(|i| fs::metadata(path.join(format!("d/f{i:03}"))).expect("stat").ino()).collect()
+    })
+}
+
+#[test]
+fn a_killed_mount_process_is_replaced_and_nobody_sees_an_error() {
+    const KILLS: u64 = 12;
+    let r = rig();
+    let path = r.mount.path.clone();
+    let before = numbers(path.clone());
+    let (held, mut listing) = within(PATIENCE, {
+        let path = path.clone();
+        move || {
+            let held = File::open(path.join("d/f001")).expect("open");
+            let mut listing = fs::read_dir(path.join("d")).expect("list");
+            listing.next().expect("an entry").expect("entry");
+            (held, listing)
+        }
+    });
+    let load = Load::start(&path);
+    for n in 0..KILLS {
+        load.more(10 + n * 3);
+        let pid = r.mount.pid();
+        r.mount.kill_server();
+        wait_for("another mount process", PATIENCE, || Ok(r.mount.pid() != pid)).expect("replaced");
+        load.more(20);
+        if n % 4 == 3 {
+            // Ten that die at once would be one too many.
+            std::thread::sleep(Duration::from_millis(2500));
+        }
+    }
+    println!("{KILLS} kills, longest step {:?}", load.finish());
+    assert_eq!(numbers(path.clone()), before, "inode numbers are the same");
+    within(PATIENCE, move || {
+        let mut got = Vec::new();
+        (&held).read_to_end(&mut got).expect("the open file goes on");
+        assert_eq!(got, content(1));
+        let rest: Vec<_> = listing.by_ref().map(|e| e.expect("the open directory goes on").file_name()).collect();
+        assert_eq!(rest.len(), FILES - 1);
+    });
+    r.mount.finish(&["the mount process is gone", "no holder"]).expect("log");
+}
+
+#[test]
+fn a_mount_process_that_hangs_is_replaced() {
+    let r = rig();
+    let load = Load::start(&r.mount.path);
+    load.more(20);
+    let pid = r.mount.pid();
+    kill(Pid::from_raw(pid as i32), Signal::SIGSTOP).expect("stop");
+    let begun = Instant::now();
+    wait_for("another mount process", PATIENCE, || Ok(r.mount.pid() != pid)).expect("replaced");
+    load.more(20);
+    println!("replaced after {:?}, longest step {:?}", begun.elapsed(), load.finish());
+    assert!(begun.elapsed() < Duration::from_secs(12), "{:?}", begun.elapsed());
+    r.mount.finish(&["the mount process is gone", "does not answer"]).expect("log");
+}
+
+#[test]
+fn a_signal_to_either_process_unmounts() {
+    for server in [false, true] {
+        let r = rig();
+        let (path, started) = (r.mount.path.clone(), r.mount.started());
+        let pid = if server { r.mount.pid() } else { started };
+        assert_eq!(server, pid != started, "a holder and a mount process");
+        kill(Pid::from_raw(pid as i32), Signal::SIGTERM).expect("signal");
+        let mounted =
+            || fs::read_to_string("/proc/self/mountinfo").expect("mounts").contains(&path.display().to_string());
+        wait_for("the mount to go", PATIENCE, || Ok(!mounted())).expect("unmounted");
+        r.mount.ended().expect("a good end");
+    }
+}

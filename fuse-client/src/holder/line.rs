@@ -1,0 +1,169 @@
+//! The line between a holder and its mount process: a SEQPACKET socket pair. A message is one packet of JSON, with an fd where something is kept that has one.
+//!
+//! ```text
+//! holder → mount   kept { items, failovers }, then a keep for each item
+//! mount → holder   keep { item, text } + fd    in place of what the item was before
+//!                  ready                       the mount answers
+//!                  bye { code, text }          the process ends because it was told to, or cannot go on
+//! ```
+
+use efc_common::{Error, Kind, Result};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// Longest message, bytes.
+const MESSAGE_BYTES_MAX: usize = 64 << 10;
+
+/// What a holder keeps for the next mount process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Item {
+    /// The /dev/fuse fd.
+    Connection,
+    /// What its INIT agreed on ([`crate::kernel::InitRecord`], as text).
+    Init,
+    /// The journal of nodes ([`crate::namespace::journal`]).
+    Nodes,
+}
+
+impl Item {
+    /// Everything a successor needs.
+    pub const ALL: [Item; 3] = [Item::Connection, Item::Init, Item::Nodes];
+}
+
+/// What is said.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Message {
+    /// Keep this; comes with an fd if it has one.
+    Keep {
+        /// What.
+        item: Item,
+        /// Its bytes, of what has no fd.
+        text: String,
+    },
+    /// So many things were kept from the process before; they follow.
+    Kept {
+        /// How many.
+        items: usize,
+        /// How often a mount process was replaced, by reason.
+        failovers: BTreeMap<String, u64>,
+    },
+    /// The mount answers.
+    Ready,
+    /// The process ends by itself.
+    Bye {
+        /// Its exit code.
+        code: u8,
+        /// What went wrong.
+        text: Option<String>,
+    },
+}
+
+/// One end.
+#[derive(Debug)]
+pub struct Line {
+    socket: OwnedFd,
+}
+
+impl Line {
+    pub(super) fn new(socket: OwnedFd) -> Line {
+        Line { socket }
+    }
+
+    pub(super) fn socket(&self) -> &OwnedFd {
+        &self.socket
+    }
+
+    /// Says `message`; what it keeps is kept even if this process dies at once.
+    ///
+    /// # Errors
+    /// [`Kind::Unavailable`] when the other end is gone.
+    pub fn send(&self, message: &Message, fd: Option<BorrowedFd<'_>>) -> Result<()> {
+        let text = serde_json::to_vec(message).map_err(|e| Error::new(Kind::Invalid, "not sent").caused_by(e))?;
+        let raw: Vec<RawFd> = fd.iter().map(AsRawFd::as_raw_fd).collect();
+        let control: &[ControlMessage<'_>] = if raw.is_empty() { &[] } else { &[ControlMessage::ScmRights(&raw)] };
+        match sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(&text)], control, MsgFlags::MSG_NOSIGNAL, None) {
+            Ok(_) => Ok(()),
+            Err(e) => Err(Error::new(Kind::Unavailable, "the other end of the holder's line is gone").caused_by(e)),
+        }
+    }
+
+    /// Waits for a message. `None`: the other end is gone.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] for what is no message.
+    pub fn receive(&self) -> Result<Option<(Message, Option<OwnedFd>)>> {
+        let mut bytes = vec![0; MESSAGE_BYTES_MAX];
+        let mut space = nix::cmsg_space!([RawFd; 4]);
+        let mut fds: Vec<OwnedFd> = Vec::new();
+        let length = {
+            let mut parts = [IoSliceMut::new(&mut bytes)];
+            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+            let got = loop {
+                match recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, Some(&mut space), flags) {
+                    Err(nix::errno::Errno::EINTR) => {}
+                    Err(nix::errno::Errno::ECONNRESET) => return Ok(None),
+                    other => break other.map_err(io::Error::from)?,
+                }
+            };
+            for control in got.cmsgs().map_err(io::Error::from)? {
+                if let ControlMessageOwned::ScmRights(raw) = control {
+                    // SAFETY: the kernel has just made these fds for us; nobody else knows them.
+                    fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                }
+            }
+            got.bytes
+        };
+        if length == 0 {
+            return Ok(None);
+        }
+        let message = serde_json::from_slice(&bytes[..length])
+            .map_err(|e| Error::new(Kind::Corrupt, "what came on the holder's line is no message").caused_by(e))?;
+        Ok(Some((message, fds.pop())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::AsFd;
+
+    fn pair() -> (Line, Line) {
+        let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).expect("pair");
+        (Line::new(pair.0), Line::new(pair.1))
+    }
+
+    #[test]
+    fn what_is_kept_outlives_its_sender() {
+        let (a, b) = pair();
+        let dir = tempfile::tempdir().expect("dir");
+        std::fs::write(dir.path().join("f"), "hello").expect("write");
+        let file = File::open(dir.path().join("f")).expect("open");
+        let keep = Message::Keep { item: Item::Nodes, text: String::new() };
+        a.send(&keep, Some(file.as_fd())).expect("send");
+        a.send(&Message::Ready, None).expect("send");
+        drop((a, file));
+        let (message, fd) = b.receive().expect("receive").expect("a message");
+        assert_eq!(message, keep);
+        let mut text = String::new();
+        File::from(fd.expect("fd")).read_to_string(&mut text).expect("read");
+        assert_eq!(text, "hello");
+        assert!(matches!(b.receive(), Ok(Some((Message::Ready, None)))));
+        assert!(matches!(b.receive(), Ok(None)), "gone");
+        assert!(b.send(&Message::Ready, None).is_err_and(|e| e.is(Kind::Unavailable)));
+    }
+
+    #[test]
+    fn garbage_is_refused() {
+        let (a, b) = pair();
+        nix::unistd::write(a.socket(), b"{\"keep\":").expect("write");
+        assert!(b.receive().is_err_and(|e| e.is(Kind::Corrupt)));
+    }
+}
