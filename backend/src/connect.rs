@@ -380,6 +380,111 @@ mod tests {
         assert!(rig.read(&rig.file().await).await.expect("read") == rig.data);
     }
 
+    #[tokio::test]
+    async fn what_another_process_may_have_done_is_found_in_doubt() {
+        let rig = rig_with(seconds(15, 60));
+        let (tree, root) = (rig.origin.tree.clone().expect("a tree"), rig.origin.backend.root().await.expect("root"));
+        let (doubt, dir) = (tree.in_doubt().expect("a tree in doubt"), &root.locator);
+        let file = rig.file().await;
+        for (i, what) in [New::File, New::Directory, New::Symlink("x".into()), New::Fifo].into_iter().enumerate() {
+            let (name, to) = (format!("new-{i}").into_bytes(), format!("moved-{i}").into_bytes());
+            let wanted = new(what.clone());
+            let made = tree.create(dir, &name, &wanted).await.expect("create");
+            let found = doubt.create(dir, &name, &wanted).await.expect("made already");
+            assert_eq!((found.attr.fileid, found.attr.mode), (made.attr.fileid, made.attr.mode));
+            let refused = tree.create(dir, &name, &wanted).await.expect_err("certainly there before");
+            assert!(refused.is(Kind::AlreadyExists), "{refused:?}");
+            let (from, onto) = ((dir, &name[..]), (dir, &to[..]));
+            for mode in [RenameMode::Replace, RenameMode::NoReplace] {
+                tree.rename(from, onto, mode).await.expect("rename");
+                let moved = doubt.rename(from, onto, mode).await.expect("moved already");
+                assert_eq!(moved.attr.fileid, made.attr.fileid);
+                assert!(tree.rename(from, onto, mode).await.is_err_and(|e| e.is(Kind::NotFound)));
+                tree.rename(onto, from, mode).await.expect("back");
+            }
+            let directory = what == New::Directory;
+            tree.remove(dir, &name, directory).await.expect("remove");
+            doubt.remove(dir, &name, directory).await.expect("removed already");
+            assert!(tree.remove(dir, &name, directory).await.is_err_and(|e| e.is(Kind::NotFound)));
+        }
+        tree.link(&file.locator, dir, b"twin").await.expect("link");
+        assert_eq!(doubt.link(&file.locator, dir, b"twin").await.expect("linked already").attr.nlink, 2);
+        let refused = doubt.create(dir, b"twin", &new(New::File)).await.expect_err("it has content");
+        assert!(refused.is(Kind::AlreadyExists), "{refused:?}");
+        // What was not done yet is done.
+        let made = doubt.create(dir, b"first", &new(New::File)).await.expect("create");
+        let refused = doubt.link(&file.locator, dir, b"first").await.expect_err("another file");
+        assert!(refused.is(Kind::AlreadyExists), "{refused:?}");
+        let refused = doubt.rename((dir, b"first"), (dir, b"f"), RenameMode::NoReplace).await.expect_err("it is there");
+        assert!(refused.is(Kind::AlreadyExists), "{refused:?}");
+        let moved = doubt.rename((dir, b"first"), (dir, b"second"), RenameMode::Replace).await.expect("rename");
+        assert_eq!(moved.attr.fileid, made.attr.fileid);
+        doubt.remove(dir, b"second", false).await.expect("remove");
+    }
+
+    #[tokio::test]
+    async fn what_another_process_left_unfinished_is_finished_in_doubt() {
+        let rig = rig_with(seconds(15, 60));
+        let (tree, root) = (rig.origin.tree.clone().expect("a tree"), rig.origin.backend.root().await.expect("root"));
+        let doubt = tree.in_doubt().expect("a tree in doubt");
+        let shared = NewNode { what: New::Directory, mode: 0o2775, uid: 0, gid: 777 };
+        let shared = tree.create(&root.locator, b"shared", &shared).await.expect("create");
+        let link = New::Symlink("x".into());
+        for (i, what) in [New::File, New::Directory, link, New::Fifo, New::CharDevice(0x103)].into_iter().enumerate() {
+            for (dir, group, bit) in [(&root.locator, 6, 0), (&shared.locator, 777, 0o2000)] {
+                let wanted = NewNode { what: what.clone(), mode: 0o4751, uid: 5, gid: 6 };
+                // As made, and given away without the whole mode.
+                for (j, (uid, gid, mode)) in [(0, 0, 0o751), (0, 0, 0o600), (5, 6, 0o711)].into_iter().enumerate() {
+                    let name = format!("new-{i}-{j}").into_bytes();
+                    let left = NewNode { mode, uid, gid, ..wanted.clone() };
+                    let left = tree.create(dir, &name, &left).await.expect("create");
+                    let made = doubt.create(dir, &name, &wanted).await.expect("finished").attr;
+                    assert_eq!((made.fileid, made.uid, made.gid), (left.attr.fileid, Some(5), Some(group)), "{what:?}");
+                    let inherited = if what == New::Directory { bit } else { 0 };
+                    if !matches!(what, New::Symlink(_)) {
+                        assert_eq!(made.mode, Some(0o4751 | inherited), "{what:?}");
+                    }
+                }
+                // Of somebody else, and with rights that were not asked for.
+                for (j, (uid, gid, mode)) in [(7, 6, 0o751), (5, 7, 0o751), (0, 0, 0o755)].into_iter().enumerate() {
+                    if (gid == 7 && bit != 0) || (mode == 0o755 && matches!(what, New::Symlink(_))) {
+                        continue;
+                    }
+                    let name = format!("other-{i}-{j}").into_bytes();
+                    tree.create(dir, &name, &NewNode { mode, uid, gid, ..wanted.clone() }).await.expect("create");
+                    let refused = doubt.create(dir, &name, &wanted).await.expect_err("not ours");
+                    assert!(refused.is(Kind::AlreadyExists), "{refused:?}");
+                    let still = rig.origin.backend.lookup(dir, &name).await.expect("lookup").attr;
+                    assert_eq!(still.uid, Some(uid), "left alone");
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn an_open_file_without_a_name_goes_on_in_another_process() {
+        let rig = rig_with(seconds(15, 60));
+        let tree = rig.origin.tree.clone().expect("a tree");
+        let (root, file) = (rig.origin.backend.root().await.expect("root"), rig.file().await);
+        let open = tree.open(&file.locator, true).await.expect("open");
+        tree.remove(&root.locator, b"f", false).await.expect("remove");
+        let fd = open.descriptor().expect("a descriptor").try_clone_to_owned().expect("another");
+        drop(open);
+        let open = tree.reopen(fd, &file.locator).expect("the same file");
+        open.resumed();
+        let node = open.write(LEN as u64, "end".into()).await.expect("write");
+        assert_eq!((node.attr.nlink, node.attr.size, node.locator), (0, LEN as u64 + 3, file.locator));
+        assert!(open.read(0..LEN as u64).await.expect("read") == rig.data);
+        open.sync(false).await.expect("sync");
+        assert_eq!(rig.origin.counters.stats().requests["write"], 1, "under the same policies");
+        let other = tree.create(&root.locator, b"copy", &new(New::File)).await.expect("create");
+        let other = tree.open(&other.locator, true).await.expect("open");
+        match other.copy(&*open, 0..10, 0).await {
+            Ok((n, _)) => assert_eq!(n, 10),
+            Err(e) => assert!(e.to_string().contains("file systems"), "{e}"),
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn an_open_file_is_under_the_same_policies() {
         let rig = rig_with(Settings { bandwidth: 1 << 20, ..seconds(15, 60) });

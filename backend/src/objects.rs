@@ -20,8 +20,14 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The metadata name under which [`crate::connect`]'s stack marks changes whose outcome may have to be told apart later; never shown in [`Metadata`].
-pub(crate) const NONCE: &str = "efc-write";
+/// The metadata name under which [`crate::connect`]'s stack marks changes whose outcome may have to be told apart later; never shown in [`Metadata`]. Who has to tell them apart
+/// even after the death of its process gives a mark of its own under this name ([`new_mark`]), and asks by [`Objects::made_by`].
+pub const MARK: &str = "efc-write";
+
+/// A mark that no other change has.
+pub fn new_mark() -> String {
+    format!("{:016x}", rand::random::<u64>())
+}
 
 /// What a store can do and how large things may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,6 +173,18 @@ pub trait Objects: Send + Sync + 'static {
 
     /// An object's node and metadata (HEAD); of a directory its marker's.
     async fn head(&self, locator: &Bytes) -> Result<(Node, Metadata)>;
+
+    /// The object, if it was made by the change that had one of these marks.
+    async fn made_by(&self, locator: &Bytes, marks: &[String]) -> Result<Option<(Node, Metadata)>> {
+        match self.head(locator).await {
+            Ok((node, mut metadata)) => {
+                let mark = metadata.other.remove(MARK);
+                Ok(mark.is_some_and(|m| marks.contains(&m)).then_some((node, metadata)))
+            }
+            Err(e) if e.is(efc_common::Kind::NotFound) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
 
     /// One page of all keys below a directory, at any depth, in the store's order: for directory rename and removal. Every key comes as an object, the
     /// markers of the directory and of those below it too; names are those of last segments, so only locators are unique.

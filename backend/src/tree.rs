@@ -12,6 +12,7 @@ use bytes::Bytes;
 use efc_common::Result;
 use efc_common::node::{Node, Time};
 use std::ops::Range;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -189,6 +190,13 @@ pub trait Tree: Send + Sync + 'static {
         let _ = (dir, name);
     }
 
+    /// The same tree for calls that another process, which died, may have made already: a final refusal that this explains (the name is there already, or gone) is
+    /// looked into from the first attempt, as after a lost answer, and what was made without its owner and mode gets them. Not for [`RenameMode::Exchange`], which is
+    /// done again. `None` where nothing is looked into.
+    fn in_doubt(&self) -> Option<DynTree> {
+        None
+    }
+
     /// Makes `name` in `dir`; [`efc_common::Kind::AlreadyExists`] if it is there.
     async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node>;
 
@@ -212,6 +220,12 @@ pub trait Tree: Send + Sync + 'static {
 
     /// Opens a regular file for reading and, if `write`, for writing. It stays usable when its name is removed or renamed.
     async fn open(&self, locator: &Bytes, write: bool) -> Result<Arc<dyn OpenFile>>;
+
+    /// The open file of a descriptor that another process had from [`OpenFile::descriptor`], opened by `locator` there. `None` where files have none.
+    fn reopen(&self, fd: OwnedFd, locator: &Bytes) -> Option<Arc<dyn OpenFile>> {
+        let _ = (fd, locator);
+        None
+    }
 }
 
 /// A tree shared by many callers.
@@ -239,6 +253,19 @@ pub trait OpenFile: Send + Sync + 'static {
     fn is_clean(&self) -> bool {
         false
     }
+
+    /// A descriptor by which another process can go on with the file after its last name is gone ([`Tree::reopen`]), where the origin knows no other way.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Number by which the tree knows it in other processes of the same mount; 0: by nothing but its locator.
+    fn number(&self) -> u64 {
+        0
+    }
+
+    /// Another process wrote to the file before: what the origin took and has not made durable is made so by the next [`OpenFile::sync`] or [`OpenFile::close`].
+    fn resumed(&self) {}
 
     /// Fresh attributes, also of a file without a name (then `nlink` is 0).
     async fn attr(&self) -> Result<Node>;

@@ -5,7 +5,7 @@
 //! Nothing is kept for a leader that cannot be reached: words that cannot be sent now are lost. Both engines say again what matters.
 //!
 //! A life is opened only when the owner asks for it, because only the owner knows that nothing of the old life is under way to the origin. It is
-//! a compare-and-set on the last life: when that turns out to be over or unknown, a new session is opened.
+//! a compare-and-set on the last life, which can be that of a process that died: when that turns out to be over or unknown, a new session is opened.
 
 use crate::master::{MasterClient, of_transport};
 use efc_common::hint::Hint;
@@ -35,6 +35,8 @@ const WELCOME_DEADLINE: Duration = Duration::from_secs(2);
 /// Pause after a failure; doubles up to the maximum, with jitter.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// Lives in a row that predecessors may have opened and not kept the number of.
+const UNHEARD_MAX: u32 = 3;
 const GOODBYE: Duration = Duration::from_secs(2);
 
 /// What the link tells its owner, in order.
@@ -46,6 +48,9 @@ pub enum News {
         session: SessionId,
         /// Its new life.
         incarnation: Incarnation,
+        /// It follows on the last one of the same session, whose advisory locks wait to be claimed in it; the leader wants to hear of them once more by
+        /// [`Ask::Reclaim`].
+        resumed: bool,
         /// The leader's office and times.
         welcome: Welcome,
         /// When the question was sent.
@@ -109,13 +114,18 @@ struct Wish {
 }
 
 impl LeaseLink {
-    /// Begins a link as a task of `tasks`. Nothing is opened before [`LeaseLink::open`]. If the group stops or the handle is dropped, it falls
-    /// silent without a goodbye: somebody may still believe something.
-    pub fn start(master: MasterClient, who: Who, tasks: &TaskGroup) -> (LeaseLink, mpsc::Receiver<News>) {
+    /// Begins a link as a task of `tasks`. Nothing is opened before [`LeaseLink::open`], whose first life follows on `last`, if a predecessor has left
+    /// one. If the group stops or the handle is dropped, it falls silent without a goodbye: somebody may still believe something.
+    pub fn start(
+        master: MasterClient,
+        who: Who,
+        last: Option<(SessionId, Incarnation)>,
+        tasks: &TaskGroup,
+    ) -> (LeaseLink, mpsc::Receiver<News>) {
         let (asks, asked) = mpsc::channel(UP_QUEUE);
         let (news, heard) = mpsc::channel(DOWN_QUEUE);
         let (wish, wanted) = watch::channel(Wish::default());
-        let worker = Worker { master, who, asked, wanted, news, last: None };
+        let worker = Worker { master, who, asked, wanted, news, last, unheard: last.map_or(0, |_| UNHEARD_MAX) };
         tasks.spawn(worker.run());
         (LeaseLink { asks, wish }, heard)
     }
@@ -189,7 +199,9 @@ struct Worker {
     asked: mpsc::Receiver<(Incarnation, Up)>,
     wanted: watch::Receiver<Wish>,
     news: mpsc::Sender<News>,
-    last: Option<Life>,
+    last: Option<(SessionId, Incarnation)>,
+    /// So many lives of `last` may have been opened after it.
+    unheard: u32,
 }
 
 /// Grows with each failure, up to a bound: a fraction of the lease time once that is known, since a new leader waits no longer than that.
@@ -232,6 +244,9 @@ impl Worker {
             let life = loop {
                 match self.open().await {
                     Ok(life) => break Some(life),
+                    Err(e) if e.is(Kind::Stale) && self.last.is_some() => {
+                        tracing::info!(error = %e, "the predecessor had opened a life that it did not hear of");
+                    }
                     Err(e) => {
                         if !std::mem::replace(&mut told, true) {
                             tracing::warn!(error = %e, "no session with the masters; tries again");
@@ -244,27 +259,30 @@ impl Worker {
                 }
             };
             let Some(life) = life else { continue };
-            self.last = Some(life);
+            self.last = Some((life.session, life.incarnation));
             self.talk(life).await;
         }
     }
 
     async fn goodbye(&self) {
-        if let Some(life) = self.last {
-            let _ = timeout(GOODBYE, self.master.close_session(life.session, life.incarnation)).await;
+        if let Some((session, incarnation)) = self.last {
+            let _ = timeout(GOODBYE, self.master.close_session(session, incarnation)).await;
         }
     }
 
     async fn open(&mut self) -> Result<Life> {
-        let resume = self.last.map(|l| (l.session, l.incarnation));
         let sent = Instant::now();
-        let reply = match self.master.open_session(&self.who.client, &self.who.dataset, resume, true).await {
+        let reply = match self.master.open_session(&self.who.client, &self.who.dataset, self.last, true).await {
             Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Stale) => {
-                self.last = None;
+                // A predecessor may have died before it kept the number of a life that it had opened.
+                let unheard = e.is(Kind::Stale) && self.unheard > 0;
+                self.unheard = self.unheard.saturating_sub(1);
+                self.last = self.last.filter(|_| unheard).map(|(session, life)| (session, Incarnation(life.0 + 1)));
                 return Err(e);
             }
             reply => reply?,
         };
+        self.unheard = 0;
         let welcome = Welcome::new(reply.term, reply.expire_ms, reply.margin_ms)?;
         let life = Life {
             session: SessionId(reply.session),
@@ -272,7 +290,8 @@ impl Worker {
             lease: welcome.lease,
         };
         let Life { session, incarnation, .. } = life;
-        self.tell(News::Opened { session, incarnation, welcome, sent }).await?;
+        let resumed = self.last.is_some_and(|(last, _)| last == session);
+        self.tell(News::Opened { session, incarnation, resumed, welcome, sent }).await?;
         Ok(life)
     }
 
@@ -362,7 +381,10 @@ impl Worker {
                     Err(Error::new(Kind::Timeout, "the leader does not answer renewals").into())
                 }
                 Some((incarnation, up)) = self.asked.recv() => match incarnation == life.incarnation {
-                    true => send(&s.up, &up, silent).await,
+                    true => {
+                        tracing::trace!(word = ?up, "says");
+                        send(&s.up, &up, silent).await
+                    }
                     false => Ok(()),
                 },
             };
@@ -374,7 +396,9 @@ impl Worker {
 
     async fn hear(&mut self, life: Life, s: &mut Stream, word: LeaseTell) -> std::result::Result<(), End> {
         let incarnation = life.incarnation;
-        match down_from_wire(word)? {
+        let word = down_from_wire(word)?;
+        tracing::trace!(?word, "heard");
+        match word {
             Down::Welcome(_) => return Err(Error::new(Kind::Corrupt, "a second welcome").into()),
             Down::Tell(tell) => self.tell(News::Told { incarnation, tell }).await?,
             Down::Lock(tell) => self.tell(News::Lock { incarnation, tell }).await?,
@@ -431,7 +455,7 @@ mod tests {
         let tasks = TaskGroup::new();
         let master = MasterClient::new(vec!["127.0.0.1:1".into()]).expect("client");
         let who = Who { client: "c".into(), dataset: "d".into() };
-        let (link, mut news) = LeaseLink::start(master.with_deadline(Duration::from_millis(50)), who, &tasks);
+        let (link, mut news) = LeaseLink::start(master.with_deadline(Duration::from_millis(50)), who, None, &tasks);
         link.open();
         assert!(timeout(Duration::from_millis(200), news.recv()).await.is_err());
         link.close().await;

@@ -134,19 +134,13 @@ impl LockSet {
         self.0.iter().find(|l| l.conflicts(lock)).copied()
     }
 
-    /// Is every byte of `lock` locked, no less strictly?
-    pub fn covers(&self, lock: &Lock) -> bool {
-        let mut at = lock.start;
-        for l in self.0.iter().filter(|l| l.end >= lock.start && (l.exclusive || !lock.exclusive)) {
-            if l.start > at {
-                return false;
-            }
-            if l.end >= lock.end {
-                return true;
-            }
-            at = l.end + 1;
-        }
-        false
+    /// What of `lock` is locked, and no more strictly than it says.
+    pub fn parts_of(&self, lock: Lock) -> impl Iterator<Item = Lock> {
+        self.0.iter().filter(move |l| l.start <= lock.end && lock.start <= l.end).map(move |l| Lock {
+            start: l.start.max(lock.start),
+            end: l.end.min(lock.end),
+            exclusive: l.exclusive && lock.exclusive,
+        })
     }
 }
 
@@ -271,7 +265,14 @@ mod tests {
             let under = &bytes[probe.start as usize..=probe.end as usize];
             let against = under.iter().flatten().any(|x| *x || probe.exclusive);
             prop_assert_eq!(set.against(&probe).is_some(), against);
-            prop_assert_eq!(set.covers(&probe), under.iter().all(|x| x.is_some_and(|x| x || !probe.exclusive)));
+            let mut parts = [None; 20];
+            for l in set.parts_of(probe) {
+                parts[l.start as usize..=l.end as usize].fill(Some(l.exclusive));
+            }
+            for (at, part) in (0..).zip(parts) {
+                let within = probe.start <= at && at <= probe.end;
+                prop_assert_eq!(part, bytes[at as usize].filter(|_| within).map(|x| x && probe.exclusive));
+            }
         }
     }
 

@@ -44,7 +44,13 @@ pub const TABLE: &[Metric] = &[
         "efc_failover_total",
         Series::Counter,
         "reason",
-        "mount processes that were replaced: crash, hang, failed (could not take over); counted by their holder",
+        "mount processes that were replaced: crash, hang, failed (could not take over), upgrade, upgrade_failed; counted by their holder",
+    ),
+    m(
+        "efc_failover_resent_total",
+        Series::Counter,
+        "how",
+        "requests that the kernel sent again when this process took over: taken (all), answered (as the former one would have), in_doubt (begun by it, done again with a look at the origin)",
     ),
     m(
         "efc_fuse_errors_total",

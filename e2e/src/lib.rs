@@ -15,6 +15,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -336,6 +337,8 @@ pub struct Mount {
     /// Where.
     pub path: PathBuf,
     child: Option<Guarded>,
+    /// The holder that took the place of the process that was started; 0: none.
+    holder: AtomicU32,
     _dir: TempDir,
 }
 
@@ -362,7 +365,7 @@ impl Mount {
         let dir = scratch("mount")?;
         let path = dir.path().join("mnt");
         std::fs::create_dir(&path)?;
-        let mut m = Mount { path, child: None, _dir: dir };
+        let mut m = Mount { path, child: None, holder: AtomicU32::new(0), _dir: dir };
         command.args(["mount", "--foreground", source]).arg(&m.path).envs(env.iter().copied());
         let embedded = !options.iter().any(|o| o.contains("master="));
         if embedded {
@@ -379,11 +382,13 @@ impl Mount {
         Ok(m)
     }
 
-    /// SIGKILL.
+    /// SIGKILL to the mount process and its holder.
     pub fn kill(&mut self) {
+        let pid = self.pid();
         if let Some(child) = &mut self.child {
             child.kill_hard();
         }
+        sigkill(pid);
     }
 
     /// The process that was started.
@@ -399,21 +404,38 @@ impl Mount {
         self.wait_end()
     }
 
-    /// The process that serves the mount: the one that was started, or its child where that is a holder.
+    /// The process that holds the mount, or serves it where nobody holds it.
+    pub fn holder(&self) -> u32 {
+        match self.holder.load(Relaxed) {
+            0 => self.started(),
+            pid => pid,
+        }
+    }
+
+    /// The process that serves the mount: the child of its holder, or the parent of a holder that took another's place.
     pub fn pid(&self) -> u32 {
-        let started = self.started();
-        let children = std::fs::read_to_string(format!("/proc/{started}/task/{started}/children")).unwrap_or_default();
-        let is_mount = |pid: &u32| {
-            std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == "efc-fuse")
-        };
-        children.split_whitespace().filter_map(|p| p.parse().ok()).find(is_mount).unwrap_or(started)
+        let holder = self.holder();
+        let parent = || process(holder).map(|p| p.parent).filter(|_| holder != self.started());
+        child_of(holder).or_else(|| parent().filter(|p| process(*p).is_some_and(|p| p.is_mount()))).unwrap_or(holder)
     }
 
     /// SIGKILL to what serves the mount; its holder, if there is one, starts another.
     pub fn kill_server(&self) {
-        let pid = nix::unistd::Pid::from_raw(self.pid() as i32);
-        // It may have ended by itself.
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        sigkill(self.pid());
+    }
+
+    /// SIGKILL to the holder, and waits for another.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn kill_holder(&self) -> Result<()> {
+        let (server, holder) = (self.pid(), self.holder());
+        sigkill(holder);
+        wait_for("another holder", READY, || {
+            let next = child_of(server).filter(|pid| *pid != holder);
+            self.holder.store(next.unwrap_or(holder), Relaxed);
+            Ok(next.is_some())
+        })
     }
 
     /// What the daemon logged.
@@ -476,7 +498,11 @@ impl Mount {
     }
 
     fn wait_end(&mut self) -> Result<()> {
+        let holder = self.holder();
         let Some(mut child) = self.child.take() else { return Ok(()) };
+        if holder != child.pid() {
+            return wait_for("end of the holder", READY, || Ok(process(holder).is_none_or(|p| !p.is_mount())));
+        }
         match child.wait_exit(Duration::from_secs(20)) {
             Some(s) if s.success() => Ok(()),
             Some(s) => bail!("efc-fuse ended with {s}:\n{}", child.log_tail()),
@@ -491,6 +517,41 @@ impl Drop for Mount {
         let _ = nix::mount::umount2(&self.path, nix::mount::MntFlags::MNT_DETACH);
         drop(self.child.take());
     }
+}
+
+/// What the kernel says of a process.
+struct Process {
+    name: String,
+    state: String,
+    parent: u32,
+}
+
+impl Process {
+    /// Is it an `efc-fuse`, and not one that is only waited for?
+    fn is_mount(&self) -> bool {
+        self.name == "efc-fuse" && self.state != "Z"
+    }
+}
+
+fn process(pid: u32) -> Option<Process> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (name, rest) = stat.split_once('(')?.1.rsplit_once(") ")?;
+    let mut rest = rest.split(' ');
+    Some(Process { name: name.into(), state: rest.next()?.into(), parent: rest.next()?.parse().ok()? })
+}
+
+/// The `efc-fuse` that a process, in any of its threads, has started.
+fn child_of(pid: u32) -> Option<u32> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let children = threads.filter_map(|t| std::fs::read_to_string(t.path().join("children")).ok());
+    let all: Vec<u32> =
+        children.flat_map(|c| c.split_whitespace().filter_map(|p| p.parse().ok()).collect::<Vec<_>>()).collect();
+    all.into_iter().find(|p| process(*p).is_some_and(|p| p.is_mount()))
+}
+
+fn sigkill(pid: u32) {
+    // It may have ended by itself.
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), nix::sys::signal::Signal::SIGKILL);
 }
 
 /// Peak of the resident set of a process as the kernel counted it, bytes.
@@ -517,6 +578,19 @@ pub fn wait_for(what: &str, patience: Duration, mut done: impl FnMut() -> Result
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())
+}
+
+/// A program that `./run setup` has built for the tests.
+///
+/// # Panics
+/// Without it.
+pub fn tool(name: &str) -> PathBuf {
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache"));
+    let path = cache.join("efc/tools/bin").join(name);
+    assert!(path.exists(), "{} is missing: `./run setup` installs it", path.display());
+    path
 }
 
 /// Runs `work` in a thread and panics when it takes longer than `patience`.

@@ -1,23 +1,14 @@
 //! Conformance suites over real mounts: pjdfstest (the Rust port, every test of it) and fsx. What fails is held against the lists in `conformance/`, each with its reason; one
 //! that passes although it is listed fails the test as well, so that the lists stay true. The table in `docs/SEMANTICS.md` is held against the same.
 
-use efc_e2e::{Mount, within};
+use efc_e2e::{Mount, tool, within};
 use efc_testkit::oss::{OssOptions, OssServer};
 use efc_testkit::{Ganesha, scratch};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(600);
-
-fn tool(name: &str) -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache"));
-    let path = cache.join("efc/tools/bin").join(name);
-    assert!(path.exists(), "{} is missing: `./run setup` installs it", path.display());
-    path
-}
 
 /// A read-write mount with what stands behind it.
 struct Rig {

@@ -1,7 +1,7 @@
 //! Somebody is killed at every step of what a mount does to a bucket: before each request that it sends for a small file, a long one, an append and the rename of a directory.
 //!
 //! The mount process itself: what an application was told to be durable is there afterwards, the tree is the one before or the one after, and nothing temporary is left after the sweep.
-//! The store (the request not done, or done and its answer lost), a worker, the leading master: the application is told of success, and the tree is the one after.
+//! The store (the request not done, or done and its answer lost), a worker, the leading master, the mount process with a holder: the application is told of success, and the tree is the one after.
 
 use efc_e2e::{Cluster, Mount, WorkerSpec, wait_for, within};
 use efc_testkit::oss::{OssOptions, OssServer};
@@ -186,6 +186,8 @@ enum Victim {
     StoreAfter,
     Worker,
     Leader,
+    /// The process of the mount, whose holder lives.
+    Process,
 }
 
 /// Time for the kill while a request is held at the store, and for which the victim stays away at least.
@@ -225,6 +227,13 @@ fn kill_at_steps(victim: Victim, stride: u64, warnings: &[&str]) {
                     Victim::Store | Victim::StoreAfter => s.kill(),
                     Victim::Worker => cluster.workers[0].kill(),
                     Victim::Leader => leader.into_iter().for_each(|l| cluster.masters[l].kill()),
+                    Victim::Process => {
+                        // Ten that die at once would be one too many.
+                        if kills % 4 == 3 {
+                            std::thread::sleep(Duration::from_millis(2500));
+                        }
+                        m.kill_server();
+                    }
                 }
                 std::thread::sleep(HELD);
                 if !s.is_up() {
@@ -248,6 +257,10 @@ fn kill_at_steps(victim: Victim, stride: u64, warnings: &[&str]) {
     println!("{victim:?}: {kills} kills");
     assert!(kills >= 28 / stride, "{kills} kills only");
     m.finish(warnings).expect("log");
+    if victim == Victim::Process {
+        // What the dead had open is thrown away by those who come later, as in the test above.
+        return;
+    }
     let left: Vec<_> = s.keys("b").into_iter().filter(|k| k.starts_with(b".efc/")).collect();
     assert!(left.is_empty(), "{left:?}");
     assert_eq!(s.open_uploads("b"), 0, "uploads are left");
@@ -271,6 +284,11 @@ fn a_store_that_dies_before_an_answer_costs_time_only() {
 #[test]
 fn a_worker_that_dies_at_any_step_costs_time_only() {
     kill_at_steps(Victim::Worker, stride(), &[]);
+}
+
+#[test]
+fn a_mount_process_that_dies_at_any_step_costs_time_only() {
+    kill_at_steps(Victim::Process, stride(), &["the mount process is gone"]);
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! Real programs on read-write mounts: what users run there must just work.
 
-use efc_e2e::{Mount, program, within};
+use efc_e2e::{Mount, within};
 use efc_testkit::oss::{OssOptions, OssServer};
 use efc_testkit::{Ganesha, scratch};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -178,29 +178,6 @@ fn rewound(m: &Path, _beside: &Path) {
 fn locks(m: &Path, _beside: &Path) {
     let script = "import fcntl,sys,subprocess\nf=open(sys.argv[1],'w')\nother='import fcntl,sys\\nf=open(sys.argv[1],\"r+\")\\ntry: fcntl.%s(f,fcntl.LOCK_EX|fcntl.LOCK_NB)\\nexcept BlockingIOError: sys.exit(7)\\n'\nfor how in ('flock','lockf'):\n getattr(fcntl,how)(f,fcntl.LOCK_EX)\n assert subprocess.run([sys.executable,'-c',other%how,sys.argv[1]]).returncode==7, how\n getattr(fcntl,how)(f,fcntl.LOCK_UN)\n assert subprocess.run([sys.executable,'-c',other%how,sys.argv[1]]).returncode==0, how\n";
     run(m, "python3", &["-c", script, m.join("lock").to_str().expect("utf8")]);
-}
-
-/// A take-over is refused while files may be open, and the mount serves on.
-#[test]
-fn a_read_write_mount_refuses_to_be_taken_over() {
-    let dir = scratch("programs").expect("scratch");
-    let source = format!("file://{}", dir.path().display());
-    let m = Mount::start(&source, &["rw", "cache_memory=64MiB"], &[]).expect("mount");
-    let other: PathBuf = dir.path().join("data");
-    let out = Command::new(program("efc-fuse").expect("built"))
-        .args(["mount", "--foreground", "--takeover", &source])
-        .arg(&m.path)
-        .arg("-o")
-        .arg(format!("rw,data_dir={}", other.display()))
-        .output()
-        .expect("efc-fuse");
-    assert!(!out.status.success());
-    let path = m.path.join("f");
-    within(Duration::from_secs(20), move || {
-        fs::write(&path, "still here").expect("write");
-        assert_eq!(fs::read(&path).expect("read"), b"still here");
-    });
-    m.unmount().expect("unmount");
 }
 
 macro_rules! on {

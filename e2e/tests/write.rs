@@ -4,11 +4,12 @@ use efc_e2e::{Mount, wait_for, within};
 use efc_testkit::oss::{OssOptions, OssServer};
 use efc_testkit::{Ganesha, scratch};
 use std::fs::{self, File, FileTimes, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, UNIX_EPOCH};
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -211,6 +212,46 @@ fn removed_while_open(m: &Path, behind: &Behind) {
         });
         assert!(gone, "what was removed while open is still at the origin");
     }
+}
+
+/// One makes files and closes them, another removes them at that moment: what was made was removed once, and nobody was told otherwise.
+fn removed_while_closed(m: &Path, behind: &Behind) {
+    const FILES: usize = 1000;
+    let path = m.join("closing");
+    let made = std::sync::atomic::AtomicUsize::new(0);
+    let removed = std::thread::scope(|s| {
+        let maker = s.spawn(|| {
+            while made.load(Relaxed) < FILES {
+                match File::create_new(&path) {
+                    Ok(_) => made.fetch_add(1, Relaxed),
+                    Err(e) if e.kind() == ErrorKind::AlreadyExists => continue,
+                    Err(e) => panic!("create: {e}"),
+                };
+            }
+        });
+        let mut removed = 0;
+        loop {
+            let last = maker.is_finished();
+            match fs::remove_file(&path) {
+                Ok(()) => removed += 1,
+                Err(e) if e.kind() == ErrorKind::NotFound && last => break removed,
+                Err(e) => assert_eq!(e.kind(), ErrorKind::NotFound, "unlink"),
+            }
+        }
+    });
+    assert_eq!(removed, made.load(Relaxed));
+    wait_for("empty directory at the origin", PATIENCE, || Ok(behind.count() == 0)).expect("nothing is left");
+}
+
+/// More directories than masters keep leases of subtrees, one after the other.
+fn directories_moved(m: &Path, behind: &Behind) {
+    for i in 0..400 {
+        let (from, to) = (m.join(format!("d{i}")), m.join(format!("e{i}")));
+        fs::create_dir(&from).expect("mkdir");
+        fs::rename(&from, &to).expect("rename");
+        fs::remove_dir(&to).expect("rmdir");
+    }
+    assert_eq!(behind.count(), 0);
 }
 
 fn mapped(m: &Path, behind: &Behind) {
@@ -467,6 +508,9 @@ on! {
     nfs_content, "nfs", content;
     file_removed_while_open, "file", removed_while_open;
     nfs_removed_while_open, "nfs", removed_while_open;
+    file_removed_while_closed, "file", removed_while_closed;
+    nfs_removed_while_closed, "nfs", removed_while_closed;
+    file_directories_moved, "file", directories_moved;
     file_mapped, "file", mapped;
     nfs_mapped, "nfs", mapped;
     file_odd_flags, "file", odd_flags;

@@ -1,16 +1,17 @@
-//! The local control socket of a mount: how `efc-fuse stats`, `umount`, `takeover` and `efc warmup` find and talk to the process behind a
+//! The local control socket of a mount: how `efc-fuse stats`, `umount`, `upgrade` and `efc warmup` find and talk to the process behind a
 //! mountpoint.
 //!
 //! `/run/efc/HASH.sock` (mode 0600), HASH from the mountpoint's path. A request is one JSON line, the answer one JSON line, or several for
 //! a command that reports progress, the last one with `done` or `error`. Lines are bounded.
 
+use crate::kernel::Mount;
+use crate::shared::Place;
 use efc_common::id::{ContentId, hex};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -42,11 +43,36 @@ pub enum Request {
         /// Give the changes of this one up (path relative to the mount's root).
         discard: Option<String>,
     },
+    /// What happened to the processes of this mount.
+    History,
+    /// Have another program serve the mount. Answered when it was tried; how it ended is in the history.
+    Upgrade {
+        /// Its number in the history, chosen by the asker.
+        id: u64,
+        /// Path of the program; none: that of the mount's own process.
+        program: Option<PathBuf>,
+        /// Mount options (`name=value`) that come after those of the mount.
+        options: Vec<String>,
+    },
     /// Fill the workers' cache with these paths (relative to the mount's root); progress lines come back, the last one has `done`.
     Warm {
         /// Files or directories (taken with all below them).
         paths: Vec<String>,
     },
+}
+
+impl Request {
+    /// The same, of paths below `root`.
+    fn below(&self, root: &Path) -> Request {
+        let root = root.to_string_lossy();
+        let join = |path: &String| format!("{}/{path}", root.trim_matches('/')).trim_matches('/').to_string();
+        match self.clone() {
+            Request::Refresh { path } => Request::Refresh { path: join(&path) },
+            Request::Dirty { discard } => Request::Dirty { discard: discard.as_ref().map(join) },
+            Request::Warm { paths } => Request::Warm { paths: paths.iter().map(join).collect() },
+            other => other,
+        }
+    }
 }
 
 /// Answers a request: sends one or more JSON values.
@@ -70,21 +96,10 @@ pub fn socket_path(mountpoint: &Path) -> PathBuf {
 /// A listening control socket; removed on drop.
 pub struct ControlSocket {
     path: PathBuf,
-    keep: AtomicBool,
-}
-
-impl ControlSocket {
-    /// The socket's name belongs to a successor now: it stays when this value goes.
-    pub fn keep(&self) {
-        self.keep.store(true, Relaxed);
-    }
 }
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        if self.keep.load(Relaxed) {
-            return;
-        }
         // Gone already: nothing to do about it.
         let _ = std::fs::remove_file(&self.path);
     }
@@ -124,7 +139,7 @@ pub fn listen(mountpoint: &Path, handler: Arc<dyn Handler>, tasks: &TaskGroup) -
             }
         }
     });
-    Ok(ControlSocket { path, keep: AtomicBool::new(false) })
+    Ok(ControlSocket { path })
 }
 
 async fn serve(stream: UnixStream, handler: Arc<dyn Handler>) -> Result<()> {
@@ -164,20 +179,46 @@ async fn send(write: &mut tokio::net::unix::OwnedWriteHalf, value: &serde_json::
     Ok(write.write_all(line.as_bytes()).await?)
 }
 
+/// Is there a mount of EFC's at this path? Only what is written is looked at: one that does not answer is not touched.
+pub fn is_mount(path: &Path) -> bool {
+    socket_path(path).exists() || shared(path).is_some()
+}
+
+/// The shared mount of which a directory is bound at `mountpoint`, and that directory.
+fn shared(mountpoint: &Path) -> Option<(PathBuf, PathBuf)> {
+    if socket_path(mountpoint).exists() {
+        return None;
+    }
+    let places = Mount::existing(mountpoint).ok()?.places().ok()?;
+    let (_, root) = places.iter().rev().find(|(place, _)| place == mountpoint)?;
+    let mount = places.iter().map(|(place, _)| place).find(|place| Place::at(place).is_some())?;
+    Some((mount.clone(), root.clone()))
+}
+
 /// Asks the process behind `mountpoint` and hands each answer to `each`, until it closes.
 ///
 /// # Errors
 /// [`Kind::NotFound`] when no EFC process serves the mountpoint; what the process answered as `error`.
 pub async fn ask(mountpoint: &Path, request: &Request, mut each: impl FnMut(serde_json::Value)) -> Result<()> {
-    let path = socket_path(mountpoint);
+    let (path, request) = match shared(mountpoint) {
+        Some((mount, root)) => (socket_path(&mount), request.below(&root)),
+        None => (socket_path(mountpoint), request.clone()),
+    };
     let mut stream = UnixStream::connect(&path).await.map_err(|e| {
         Error::new(Kind::NotFound, format!("no EFC process serves {}", mountpoint.display())).caused_by(e)
     })?;
-    let mut line = serde_json::to_string(request).map_err(|e| Error::new(Kind::Invalid, "request").caused_by(e))?;
+    let mut line = serde_json::to_string(&request).map_err(|e| Error::new(Kind::Invalid, "request").caused_by(e))?;
     line.push('\n');
     stream.write_all(line.as_bytes()).await?;
     let mut lines = BufReader::new(stream).lines();
-    while let Some(line) = lines.next_line().await? {
+    loop {
+        let line = match lines.next_line().await {
+            Ok(Some(line)) => line,
+            Ok(None) => break,
+            // It ended: what it had to say it has said.
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => break,
+            Err(e) => return Err(e.into()),
+        };
         let value: serde_json::Value = serde_json::from_str(&line)
             .map_err(|e| Error::new(Kind::Corrupt, "answer of the mount process").caused_by(e))?;
         if let Some(text) = value.get("error").and_then(|e| e.as_str()) {

@@ -4,15 +4,18 @@
 //! leases, and with the session all of them are lost. A state that was not heard is said again; an operation that is given up while it waits takes its
 //! want back. Each answer is entered before anybody hears of it, so what is said next has it.
 
+use crate::journal::Journal;
 use efc_client::lease::LeaseLink;
 use efc_common::id::Incarnation;
 use efc_common::lease::Ask;
 use efc_common::lock::{Lock, LockFile, LockOwner, LockSet, LockState, LockTell, LockWant, Patience, Verdict};
 use efc_common::{Error, Kind, Result};
-use parking_lot::Mutex;
+use efc_proto::lock::{state_in, state_out};
+use efc_proto::state;
+use parking_lot::{Mutex, RwLockReadGuard};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
@@ -55,8 +58,35 @@ impl Owner {
         }
     }
 
+    fn wire(&self, key: &Key) -> state::Locks {
+        let state = LockState { wants: Vec::new(), ..self.state(key) };
+        state::Locks { state: Some(state_out(&state)), handles: self.handles.iter().copied().collect() }
+    }
+
     fn is_over(&self) -> bool {
         self.held.is_empty() && self.wants.is_empty() && self.heard >= self.version
+    }
+}
+
+/// What a predecessor had locked of one file for one owner.
+pub struct LocksLeft {
+    key: Key,
+    owner: Owner,
+}
+
+impl LocksLeft {
+    /// As it was written down.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] for what is none.
+    pub fn new(locks: &state::Locks) -> Result<LocksLeft> {
+        let bad = || Error::new(Kind::Corrupt, "locks of the predecessor are not understood");
+        let state = state_in(locks.state.clone().ok_or_else(bad)?).map_err(|e| bad().caused_by(e))?;
+        let mut held = LockSet::default();
+        state.held.into_iter().for_each(|lock| held.set(lock));
+        let handles = locks.handles.iter().copied().collect();
+        let owner = Owner { pid: state.pid, held, handles, ..Owner::default() };
+        Ok(LocksLeft { key: (state.file, state.owner), owner })
     }
 }
 
@@ -73,6 +103,7 @@ struct Inner {
 /// See the module.
 pub(crate) struct LockBook {
     link: Arc<LeaseLink>,
+    journal: Option<Arc<Journal>>,
     inner: Mutex<Inner>,
 }
 
@@ -86,8 +117,32 @@ pub(crate) struct Asker {
 }
 
 impl LockBook {
-    pub(crate) fn new(link: Arc<LeaseLink>) -> LockBook {
-        LockBook { link, inner: Mutex::default() }
+    /// The book of a predecessor, or an empty one. What is held is written down in `journal`.
+    pub(crate) fn new(link: Arc<LeaseLink>, journal: Option<Arc<Journal>>, left: Vec<LocksLeft>) -> LockBook {
+        // Numbers of a predecessor are not given again.
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut inner = Inner { last: (since.as_millis() as u64) << 20, ..Inner::default() };
+        inner.owners = left.into_iter().map(|l| (l.key, l.owner)).collect();
+        LockBook { link, journal, inner: Mutex::new(inner) }
+    }
+
+    /// Everything that is held.
+    pub(crate) fn checkpoint(&self) -> Vec<state::Locks> {
+        let inner = self.inner.lock();
+        let held = inner.owners.iter().filter(|(_, o)| !o.held.is_empty());
+        held.map(|(key, owner)| owner.wire(key)).collect()
+    }
+
+    /// To be held while something is changed and written down.
+    fn changing(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        self.journal.as_ref().map(|j| j.changing())
+    }
+
+    /// Writes down what an owner has.
+    fn note(&self, inner: &Inner, key: &Key) {
+        if let (Some(journal), Some(owner)) = (&self.journal, inner.owners.get(key)) {
+            journal.locks(&owner.wire(key));
+        }
     }
 
     /// Asks for a lock, or whether it could be had. Waits as long as its patience says, and for the masters; dropped, it takes the want back.
@@ -120,9 +175,11 @@ impl LockBook {
     pub(crate) async fn unlock(&self, file: &LockFile, owner: LockOwner, start: u64, end: u64) {
         let key = (file.clone(), owner);
         let heard = {
+            let _changing = self.changing();
             let mut inner = self.inner.lock();
             let Some(entry) = inner.owners.get_mut(&key) else { return };
             entry.held.clear(start, end);
+            self.note(&inner, &key);
             self.say(&mut inner, &key);
             inner.listen(&key)
         };
@@ -133,10 +190,13 @@ impl LockBook {
     /// Gives up what was locked through a handle that is closed for good.
     pub(crate) async fn close(&self, file: &LockFile, handle: u64) {
         let owners: Vec<LockOwner> = {
+            let _changing = self.changing();
             let mut inner = self.inner.lock();
-            let used = |o: &mut Owner| o.handles.remove(&handle) && o.handles.is_empty();
             let of_file = inner.owners.iter_mut().filter(|((f, _), _)| f == file);
-            of_file.filter_map(|((_, owner), o)| used(o).then_some(*owner)).collect()
+            let by: Vec<Key> = of_file.filter_map(|(key, o)| o.handles.remove(&handle).then(|| key.clone())).collect();
+            by.iter().for_each(|key| self.note(&inner, key));
+            let by_none = |key: &&Key| inner.owners.get(*key).is_some_and(|o| o.handles.is_empty());
+            by.iter().filter(by_none).map(|(_, owner)| *owner).collect()
         };
         for owner in owners {
             self.unlock(file, owner, 0, u64::MAX).await;
@@ -167,12 +227,16 @@ impl LockBook {
 
     /// The session is over, and what was held with it.
     pub(crate) fn lost(&self) {
+        let _changing = self.changing();
         let mut inner = self.inner.lock();
         inner.life = None;
         let mut lost = 0;
-        for owner in inner.owners.values_mut() {
-            lost += owner.held.locks().len();
-            owner.held = LockSet::default();
+        let keys: Vec<Key> = inner.owners.keys().cloned().collect();
+        for key in &keys {
+            if let Some(owner) = inner.owners.get_mut(key) {
+                lost += std::mem::take(&mut owner.held).locks().len();
+            }
+            self.note(&inner, key);
         }
         if lost > 0 {
             tracing::error!(
@@ -184,6 +248,7 @@ impl LockBook {
 
     /// A master speaks to a life.
     pub(crate) fn hear(&self, life: Incarnation, tell: LockTell) {
+        let _changing = self.changing();
         let mut inner = self.inner.lock();
         if inner.life != Some(life) {
             return;
@@ -222,6 +287,7 @@ impl LockBook {
             owner.held = before;
             self.say(inner, key);
         }
+        self.note(inner, key);
         inner.tidy(key);
     }
 
@@ -289,6 +355,7 @@ impl Drop for Wait<'_> {
         if self.over {
             return;
         }
+        let _changing = self.book.changing();
         let mut inner = self.book.inner.lock();
         let waited = inner.wants.remove(&self.id).is_some();
         // Answered at this moment: what it was given is given back.
@@ -297,6 +364,7 @@ impl Drop for Wait<'_> {
         owner.wants.remove(&self.id);
         if granted {
             owner.held.clear(self.lock.start, self.lock.end);
+            self.book.note(&inner, &self.key);
         }
         if waited || granted {
             self.book.say(&mut inner, &self.key);

@@ -52,7 +52,7 @@ after SECONDS (60). ttl (default with ro, 60): any change is seen after that tim
     o(
         "writeback",
         "",
-        "object stores: close does not wait for the store, fsync does; a mount that is killed loses what was closed and not synced",
+        "object stores: close does not wait for the store, fsync does; a node that dies loses what was closed and not synced",
     ),
     o(
         "staging",
@@ -63,7 +63,12 @@ after SECONDS (60). ttl (default with ro, 60): any change is seen after that tim
     o("readahead", "SIZE", "how far a sequential stream is read ahead at most (default 32MiB; 0 = off)"),
     o("read_deadline", "DURATION", "a read ends with EIO after this (default 150s)"),
     o("threads", "N", "threads that take kernel requests (default: cores, 2 to 16)"),
-    o("no_failover", "", "no holder: the mount dies with its process (read-write mounts always do)"),
+    o(
+        "subpath",
+        "DIR",
+        "mount this directory of the source, by one mount that all with the same source and options share on this node",
+    ),
+    o("no_failover", "", "no holder: the mount dies with its process"),
     o("secret", "REF", "credentials: env (default), dir:/path, process:/command, role[:NAME], oidc, anonymous"),
     o("passwd_file", "FILE", "file with KEY_ID:KEY_SECRET[:TOKEN], mode 0600"),
     o("workers_only", "", "testing only: never go to the origin past the workers"),
@@ -96,6 +101,8 @@ pub struct MountOptions {
     pub memory_bytes: u64,
     /// A process of its own keeps what another mount process needs to take over.
     pub failover: bool,
+    /// A directory of the source, bound from a mount that others share.
+    pub subpath: Option<String>,
     /// Files are committed behind their close.
     pub writeback: bool,
     /// Staging directory.
@@ -141,6 +148,16 @@ fn split(texts: &[String]) -> Vec<(String, Option<String>)> {
     out
 }
 
+/// The options in `texts` but for `name`, one each.
+pub fn all_but(texts: &[String], name: &str) -> Vec<String> {
+    let others = split(texts).into_iter().filter(|(n, _)| n != name);
+    let text = |(name, value): (String, Option<String>)| match value {
+        Some(value) => format!("{name}={}", value.replace(',', "\\,")),
+        None => name,
+    };
+    others.map(text).collect()
+}
+
 impl MountOptions {
     /// Parses the `-o` texts, checking every name and value. `who` mounts: its uid and gid.
     ///
@@ -177,6 +194,7 @@ impl MountOptions {
             keys: None,
             workers_only: false,
             failover: true,
+            subpath: None,
             writeback: false,
             source: BTreeMap::new(),
         };
@@ -254,6 +272,7 @@ impl MountOptions {
             "dir_mode" => self.ownership.dir_mode = Some(octal()?),
             "umask" => self.ownership.umask = octal()?,
             "master" => self.masters = v.split([';', ' ']).filter(|s| !s.is_empty()).map(Into::into).collect(),
+            "subpath" => self.subpath = Some(v.into()),
             "data_dir" => self.data_dir = Some(v.into()),
             "cache_memory" => self.cache_memory_bytes = parse_bytes(v)?,
             "cache_dir" => self.cache_dir = Some(v.into()),

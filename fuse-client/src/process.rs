@@ -1,21 +1,24 @@
-//! The life of a mount process, top to bottom: resolve the source, reach the origin, reach (or start) a cluster, mount or take over,
+//! The life of a mount process, top to bottom: resolve the source, reach the origin, reach (or start) a cluster, mount or go on with a mount,
 //! serve, tell, end.
 
 use crate::cli::MountArgs;
 use crate::cluster::{ClusterLink, Mounted};
 use crate::control::{self, ControlSocket};
 use crate::fs::directory::Directories;
+use crate::fs::failover::{Failover, Inherited, session_from};
 use crate::fs::{EfcFs, Parts, Strict};
 use crate::holder::line::Item;
-use crate::holder::{Held, Left};
-use crate::kernel::handover::{self, HandoverLimits, HandoverServer};
-use crate::kernel::{Ended, InitRecord, Mount, MountConfig, Session, SessionConfig, adopt, serve};
-use crate::namespace::{Namespace, Nodes, journal};
+use crate::holder::{Held, Left, Wish};
+use crate::journal::{self, Journal};
+use crate::kernel::{Ended, InitRecord, Mount, MountConfig, Outcomes, Session, SessionConfig, adopt, serve};
+use crate::lock::LocksLeft;
+use crate::namespace::{Namespace, Nodes};
 use crate::options::MountOptions;
 use crate::read::source::DataSource;
 use crate::read::{ReadConfig, Reader};
 use crate::tell::Teller;
-use crate::write::{ObjectTree, Space};
+use crate::upgrade::{Agreed, Preflight};
+use crate::write::{Kept, ObjectTree, Space};
 use efc_backend::DynBackend;
 use efc_backend::connect::{Connected, connect_counted};
 use efc_backend::object::keys_to_send;
@@ -27,11 +30,11 @@ use efc_common::node::Node;
 use efc_common::policy::{CachePolicy, Consistency};
 use efc_common::source::SourceSpec;
 use efc_common::task::TaskGroup;
-use efc_common::{Error, Kind, Result, log, metrics};
+use efc_common::{Error, Kind, Result, metrics};
 use efc_proto::convert::cache_policy;
-use parking_lot::Mutex;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::path::{Path, PathBuf};
+use efc_proto::state::Checkpoint;
+use std::fs::File;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
@@ -41,8 +44,8 @@ use tracing::{info, warn};
 const LISTING_SHARE: u64 = 4;
 /// Share that files may take that are being written to an object store.
 const STAGING_SHARE: u64 = 4;
-/// How long a predecessor may take to hand over.
-const TAKEOVER_DEADLINE: Duration = Duration::from_secs(30);
+/// How long requests that are under way may take when another program is to serve the mount; what takes longer is done again by that.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 /// How long tasks of the mount may take to end.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -85,15 +88,10 @@ pub fn parse_source(text: &str, options: &MountOptions) -> Result<SourceArg> {
 ///
 /// # Errors
 /// What kept the mount from coming up (nothing stays mounted then), or how serving failed.
-pub fn run(
-    args: &MountArgs,
-    options: MountOptions,
-    held: Option<Arc<Mutex<Held>>>,
-    ready: impl FnOnce(),
-) -> Result<()> {
+pub fn run(args: &MountArgs, options: MountOptions, held: Option<Arc<Held>>, ready: impl FnOnce()) -> Result<()> {
     // Received blocks live for moments: their memory is to be used again, not mapped anew each time.
     efc_common::alloc::tune(Some(32 << 20), 32 << 20);
-    log::install(&args.log_level, args.log_format.parse()?, args.log_file.as_deref())?;
+    args.begin_log()?;
     let exposition = metrics::install()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("efc-fuse").build()?;
     let outcome = runtime.block_on(async {
@@ -103,6 +101,27 @@ pub fn run(
     });
     runtime.shutdown_timeout(STOP_PATIENCE);
     outcome
+}
+
+/// Looks whether this program could serve the mount, and says what it would agree on ([`crate::upgrade`]).
+///
+/// # Errors
+/// Why it could not.
+pub fn preflight(args: &MountArgs, options: &MountOptions) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let source = runtime.block_on(async {
+        let source = resolve(args, options).await?;
+        let origin = connect_counted(&source.mounted.spec, source.mounted.keys.as_ref()).await?;
+        origin.backend.root().await?;
+        if !options.masters.is_empty() {
+            MasterClient::new(options.masters.clone())?.list_sessions().await?;
+        }
+        Ok::<_, Error>(source)
+    })?;
+    let agreed = Agreed::new(options.read_write, source.consistency.is_strict());
+    let said = Preflight { version: env!("CARGO_PKG_VERSION").into(), agreed };
+    println!("{}", serde_json::to_string(&said).map_err(|e| Error::new(Kind::Io, "not said").caused_by(e))?);
+    Ok(())
 }
 
 /// The source with everything that was looked up for it.
@@ -152,23 +171,14 @@ async fn dataset(
     Ok((spec, consistency, cache_policy(d.cache)))
 }
 
-/// Who served the mount before.
-enum Before {
-    Nobody,
-    /// It hands the mount over.
-    Lives(handover::Taken),
-    /// Its holder kept what it left.
-    Died(Left),
-}
-
 /// A mount that is up.
 struct Process {
     mount: Mount,
     fs: Arc<EfcFs>,
     session: Arc<Session>,
-    handover: HandoverServer,
     control: ControlSocket,
     teller: Arc<Teller>,
+    held: Option<Arc<Held>>,
     cluster: ClusterLink,
     tasks: TaskGroup,
 }
@@ -178,10 +188,10 @@ impl Process {
         args: &MountArgs,
         options: MountOptions,
         exposition: metrics::PrometheusHandle,
-        held: Option<Arc<Mutex<Held>>>,
+        held: Option<Arc<Held>>,
     ) -> Result<Process> {
         let begun = Instant::now();
-        for (reason, count) in held.iter().flat_map(|h| h.lock().failovers.clone()) {
+        for (reason, count) in held.iter().flat_map(|h| h.failovers.clone()) {
             metrics::counter!("efc_failover_total", "reason" => reason).absolute(count);
         }
         let source = resolve(args, &options).await?;
@@ -193,11 +203,13 @@ impl Process {
             let text = "writeback is for read-write mounts of object stores: leave it out, or add -o rw (NAS sources are written through)";
             return Err(Error::new(Kind::Invalid, text));
         }
-        let (backend, tree) = if options.read_write {
-            let (backend, tree) = writable(origin, &root, &options, ttl, &tasks).await?;
-            (backend, Some(tree))
+        let mut left = held.as_ref().map(|h| h.left_behind()).transpose()?.flatten();
+        let inherited = left.as_ref().map(|l| journal::read(&l.nodes)).transpose()?;
+        let Origin { backend, tree, drafts } = if options.read_write {
+            let before = left.as_ref().and_then(|l| l.staging.as_ref()).zip(inherited.as_ref());
+            writable(origin, &root, &options, ttl, before, &tasks)?
         } else {
-            (origin.backend, None)
+            Origin { backend: origin.backend, tree: None, drafts: None }
         };
         let strict = source.consistency.is_strict();
         let nodes = if options.read_write || strict { Nodes::Follow } else { Nodes::Versions };
@@ -207,28 +219,31 @@ impl Process {
         }
         let data = Arc::new(DataSource::new(backend, Some(cluster.peers.clone()), options.workers_only));
 
-        let before = match held.as_ref().and_then(|h| h.lock().take()) {
-            Some(left) => Before::Died(left),
-            None if args.takeover => {
-                Before::Lives(handover::take(&handover_path(&args.mountpoint), TAKEOVER_DEADLINE)?)
+        let mut namespace = match &inherited {
+            Some(state) => Namespace::restore(state, nodes)?,
+            None => Namespace::new(root, nodes),
+        };
+        let failover = match (held.clone(), &inherited) {
+            (Some(held), Some(state)) => Some(failover(held, left.as_mut(), state, drafts.clone())?),
+            (Some(held), None) => {
+                let owner = drafts.as_ref().map_or(0, ObjectTree::owner);
+                Some(failover(held, None, &Checkpoint { owner, ..namespace.checkpoint() }, drafts.clone())?)
             }
-            None => Before::Nobody,
+            (None, _) => None,
         };
-        let mut namespace = match &before {
-            Before::Died(left) => Namespace::restore(&journal::read(&left.nodes)?, nodes)?,
-            Before::Lives(t) => Namespace::load(&t.state, nodes)?,
-            Before::Nobody => Namespace::new(root, nodes),
-        };
-        // What follows its files has more than its nodes to hand on.
-        let held = held.filter(|_| nodes == Nodes::Versions);
-        if let Some(held) = held.clone() {
-            namespace.write_down(Box::new(move |fd| held.lock().keep(Item::Nodes, "", Some(fd))))?;
+        if let Some(failover) = &failover {
+            namespace.write_down(failover.journal.clone());
+        }
+        if let Some(tree) = &drafts {
+            tree.recover(&tasks).await;
         }
         let namespace = Arc::new(namespace);
         let keep = |fd: BorrowedFd<'_>| match &held {
-            Some(held) => held.lock().keep(Item::Connection, "", Some(fd)),
+            Some(held) => held.keep(Item::Connection, "", Some(fd)),
             None => Ok(()),
         };
+        let session_before = left.as_ref().and_then(|l| l.session.as_deref()).map(session_from).transpose()?;
+        let locks = inherited.iter().flat_map(|s| &s.locks).map(LocksLeft::new).collect::<Result<_>>()?;
         let listing_bytes = options.memory_bytes / LISTING_SHARE;
         let staged_bytes = if tree.is_some() { options.memory_bytes / STAGING_SHARE } else { 0 };
         let budget = ByteBudget::new(options.memory_bytes - listing_bytes - staged_bytes);
@@ -248,7 +263,10 @@ impl Process {
                     who: cluster.who.clone(),
                     bucket: Some(source.mounted.spec.bucket.clone()).filter(|b| !b.is_empty()),
                     deadline: options.read_deadline,
+                    last: session_before,
+                    locks,
                 }),
+                failover,
             },
             tokio::runtime::Handle::current(),
         ));
@@ -259,28 +277,21 @@ impl Process {
             locks: options.read_write && strict,
             ..SessionConfig::default()
         };
-        let (session, mount) = match before {
-            Before::Died(left) => {
+        let (session, mount) = match left {
+            Some(left) => {
                 let mount = Mount::existing(&args.mountpoint)?;
                 let record = InitRecord::from_bytes(left.init.as_bytes())?;
+                fs.restore(Inherited { state: inherited.unwrap_or_default(), files: left.files }).await?;
                 let session = adopt(fs.clone(), left.connection, &record, &config)?;
                 let (nodes, took_ms) = (namespace.len(), begun.elapsed().as_millis() as u64);
                 info!(nodes, took_ms, "took the mount over from a process that is gone");
                 (session, mount)
             }
-            Before::Lives(t) => {
-                let mount = Mount::existing(&args.mountpoint)?;
-                let (fd, record, _, confirm) = t.into_parts();
-                keep(fd.as_fd())?;
-                let session = adopt(fs.clone(), fd, &record, &config)?;
-                confirm.ready()?;
-                (session, mount)
-            }
-            Before::Nobody => serve(fs.clone(), &mount_config(args, &options, &source), &config, keep)?,
+            None => serve(fs.clone(), &mount_config(args, &options, &source), &config, keep)?,
         };
         if let Some(held) = &held {
             let record = String::from_utf8_lossy(&session.init_record().to_bytes()?).into_owned();
-            held.lock().keep(Item::Init, &record, None)?;
+            held.keep(Item::Init, &record, None)?;
         }
         let session = Arc::new(session);
         fs.set_session(&session);
@@ -295,11 +306,13 @@ impl Process {
             budget,
             ttl,
             ring: cluster.ring.clone(),
+            held: held.clone(),
+            agreed: Agreed::new(options.read_write, strict),
         });
         let process = Process {
-            handover: listen_for_successors(&args.mountpoint, &session, namespace)?,
             control: control::listen(&args.mountpoint, teller.clone(), &tasks)?,
             teller,
+            held,
             mount,
             fs,
             session,
@@ -319,7 +332,7 @@ impl Process {
         let looked = tokio::task::spawn_blocking(move || std::fs::metadata(path).map(|_| ()));
         match tokio::time::timeout(Duration::from_secs(30), looked).await {
             Ok(Ok(Ok(()))) => {
-                info!(mountpoint = %args.mountpoint.display(), source = args.source, takeover = args.takeover, "mounted");
+                info!(mountpoint = %args.mountpoint.display(), source = args.source, "mounted");
                 Ok(())
             }
             other => {
@@ -328,6 +341,40 @@ impl Process {
                 Err(Error::new(Kind::Timeout, format!("the new mount does not answer: {why}")))
             }
         }
+    }
+
+    /// Until the holder wants another program in the place of this process; on the way it is asked for one, if the holder was told to by a signal.
+    async fn asked_to_leave(&self) {
+        let Some(held) = &self.held else { return std::future::pending().await };
+        let mut wishes = held.wishes();
+        while let Ok(wish) = wishes.wait_for(|w| *w != Wish::Nothing).await.map(|w| w.clone()) {
+            match wish {
+                Wish::Leave => return,
+                Wish::Nothing => {}
+                Wish::Upgrade(u) => {
+                    if let Err(e) = self.teller.upgrade(u.id, Some(u.program.into()), u.options).await {
+                        warn!(error = %e, "no other program takes over");
+                    }
+                    if wishes.changed().await.is_err() {
+                        break;
+                    }
+                }
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// Ends without unmounting: the holder has what another process needs. What is not answered by then comes to that.
+    async fn leave_to_another(self) -> Result<()> {
+        let session = self.session.clone();
+        let drained = tokio::task::spawn_blocking(move || session.drain(DRAIN_PATIENCE)).await;
+        self.fs.write_down();
+        info!(?drained, "leaves the mount to another program");
+        if let Some(held) = &self.held {
+            held.left()?;
+        }
+        // Nothing may be cleaned up that the successor goes on with: session, sockets, files put aside.
+        std::process::exit(0);
     }
 
     fn leave(&self, detach: bool) {
@@ -340,7 +387,6 @@ impl Process {
     /// Serves until the mount is gone, handed over, or a signal asks to end.
     async fn serve(self) -> Result<()> {
         let mut ended = self.session.ended();
-        let mut handed_over = self.handover.handed_over();
         let mut term = signal(SignalKind::terminate())?;
         let mut int = signal(SignalKind::interrupt())?;
         let outcome = tokio::select! {
@@ -348,21 +394,53 @@ impl Process {
                 Ok(Some(Ended::Failed(e))) => Err(Error::new(Kind::Io, format!("the FUSE session failed: {e}"))),
                 _ => Ok(()),
             },
-            _ = handed_over.wait_for(|g| *g) => {
-                info!("a successor serves the mount");
-                self.control.keep();
-                Ok(())
-            }
+            () = self.asked_to_leave() => return self.leave_to_another().await,
             _ = term.recv() => { self.leave(true); Ok(()) }
             _ = int.recv() => { self.leave(true); Ok(()) }
         };
         let kept = self.fs.end(STOP_PATIENCE).await;
         // Reads under way are answered by now or never: nobody is left to hear them.
         self.tasks.shutdown(STOP_PATIENCE).await;
-        drop((self.handover, self.control, self.session));
+        drop((self.control, self.session));
         self.cluster.stop().await;
         outcome.and(kept)
     }
+}
+
+/// What is mounted.
+struct Origin {
+    /// As it is looked at.
+    backend: DynBackend,
+    /// As it is changed.
+    tree: Option<DynTree>,
+    /// That of an object store.
+    drafts: Option<ObjectTree>,
+}
+
+/// Begins to write down what a successor needs, with what the predecessor left.
+fn failover(
+    held: Arc<Held>,
+    left: Option<&mut Left>,
+    state: &Checkpoint,
+    drafts: Option<ObjectTree>,
+) -> Result<Failover> {
+    let outcomes = Outcomes::new(left.as_ref().and_then(|l| l.outcomes.as_ref()))?;
+    held.keep(Item::Outcomes, "", Some(outcomes.fd()))?;
+    let keeper = held.clone();
+    let keep = move |fd: BorrowedFd<'_>| keeper.keep(Item::Nodes, "", Some(fd));
+    let journal = Arc::new(Journal::new(state, Box::new(keep))?);
+    if let Some(tree) = &drafts {
+        held.keep(Item::Staging, "", Some(tree.staging()))?;
+        let keeper = held.clone();
+        let keep_file = move |number, file: Option<BorrowedFd<'_>>| match file {
+            Some(_) => keeper.keep(Item::Staged(number), "", file),
+            None => keeper.drop_item(Item::Staged(number)),
+        };
+        let kept = Arc::new(Kept::new(journal.clone(), Box::new(keep_file)));
+        let staged = left.map(|l| std::mem::take(&mut l.staged)).unwrap_or_default();
+        tree.keep(kept, &state.drafts, staged);
+    }
+    Ok(Failover { journal, outcomes: Arc::new(outcomes), drafts, held })
 }
 
 fn mount_config(args: &MountArgs, options: &MountOptions, source: &Resolved) -> MountConfig {
@@ -377,46 +455,34 @@ fn mount_config(args: &MountArgs, options: &MountOptions, source: &Resolved) -> 
     }
 }
 
-/// What a read-write mount changes, and the view of the origin it looks at.
-async fn writable(
+/// A source that can be changed; `before`: what a predecessor had staged, and what it had written down of that.
+fn writable(
     origin: Connected,
     root: &Node,
     options: &MountOptions,
     ttl: Duration,
+    before: Option<(&File, &Checkpoint)>,
     tasks: &TaskGroup,
-) -> Result<(DynBackend, DynTree)> {
-    if let Some(tree) = origin.tree {
-        return Ok((origin.backend, tree));
+) -> Result<Origin> {
+    if origin.tree.is_some() {
+        return Ok(Origin { backend: origin.backend, tree: origin.tree, drafts: None });
     }
     let Some(objects) = origin.objects else {
         return Err(Error::new(Kind::Unsupported, "sources of this kind cannot be written to; mount with -o ro"));
     };
     let default = || options.data_dir.as_ref().map_or_else(|| "/var/tmp/efc".into(), |d| d.join("staging"));
     let dir = options.staging.clone().unwrap_or_else(default);
-    let space = Space::new(dir, options.memory_bytes / STAGING_SHARE, options.staging_bytes);
-    let later = options.writeback.then(|| tasks.clone());
-    let tree = ObjectTree::new(objects, origin.backend, root.locator.clone(), space, ttl, later);
-    tree.recover(tasks).await;
-    let tree = Arc::new(tree);
-    Ok((tree.clone(), tree))
-}
-
-fn handover_path(mountpoint: &Path) -> PathBuf {
-    control::socket_path(mountpoint).with_extension("handover")
-}
-
-fn listen_for_successors(
-    mountpoint: &Path,
-    session: &Arc<Session>,
-    namespace: Arc<Namespace>,
-) -> Result<HandoverServer> {
-    std::fs::create_dir_all(control::run_dir())?;
-    let save = Box::new(move || {
-        if namespace.follows() {
-            // Its open files and its leases would be unknown to the successor.
-            return Err(Error::new(Kind::Unsupported, "a read-write or strict mount cannot be handed over yet"));
+    let (memory, disk) = (options.memory_bytes / STAGING_SHARE, options.staging_bytes);
+    let space = match before {
+        Some((file, state)) => {
+            let used = state.drafts.iter().filter_map(|d| d.slot).collect();
+            Space::inherited(dir, memory, disk, file.try_clone()?, &used)?
         }
-        Ok(namespace.save())
-    });
-    HandoverServer::start(&handover_path(mountpoint), session.clone(), save, HandoverLimits::default())
+        None => Space::new(dir, memory, disk)?,
+    };
+    let later = options.writeback.then(|| tasks.clone());
+    let owner = before.map_or_else(rand::random, |(_, state)| state.owner);
+    let stores = (objects, origin.backend);
+    let tree = ObjectTree::new(stores, root.locator.clone(), space, ttl, later, owner);
+    Ok(Origin { backend: Arc::new(tree.clone()), tree: Some(Arc::new(tree.clone())), drafts: Some(tree) })
 }

@@ -2,9 +2,12 @@
 
 use crate::control::{Handler, Request};
 use crate::fs::EfcFs;
+use crate::holder::Held;
+use crate::holder::line::Upgrade;
 use crate::namespace::Namespace;
 use crate::read::source::DataSource;
 use crate::stats::{Stats, WorkerStats};
+use crate::upgrade::{self, Agreed};
 use crate::warm;
 use axum::Router;
 use axum::routing::get;
@@ -13,7 +16,7 @@ use efc_common::limit::ByteBudget;
 use efc_common::metrics::{PrometheusHandle, counter, gauge};
 use efc_common::node::Node;
 use efc_common::task::TaskGroup;
-use efc_common::{Error, Result};
+use efc_common::{Error, Kind, Result};
 use futures::future::BoxFuture;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -47,6 +50,10 @@ pub struct Teller {
     pub ttl: Duration,
     /// The ring.
     pub ring: Arc<RingWatch>,
+    /// Who replaces this process.
+    pub held: Option<Arc<Held>>,
+    /// What a program has to agree with that is to replace it.
+    pub agreed: Agreed,
 }
 
 impl Teller {
@@ -84,6 +91,21 @@ impl Teller {
             }
         }
         stats
+    }
+
+    /// Looks whether a program can serve this mount, and has it do so in the place of this process.
+    ///
+    /// # Errors
+    /// Why not; this process serves on.
+    pub async fn upgrade(&self, id: u64, program: Option<PathBuf>, options: Vec<String>) -> Result<()> {
+        let Some(held) = &self.held else {
+            let text = "this mount has no holder that could start another program (no_failover, or a read-write mount of a bucket)";
+            return Err(Error::new(Kind::Unsupported, text));
+        };
+        let program = program.map_or_else(std::env::current_exe, Ok)?;
+        upgrade::preflight(&program, &options, &self.agreed).await?;
+        let program = program.display().to_string();
+        held.upgrade(Upgrade { id, program, options })
     }
 
     /// Serves `/metrics` and `/stats` over HTTP.
@@ -149,6 +171,11 @@ impl Handler for Teller {
                     "uptime_s": self.started.elapsed().as_secs(),
                     "version": env!("CARGO_PKG_VERSION"),
                 }),
+                Request::History => json!({ "events": self.held.as_ref().map(|h| h.events()).unwrap_or_default() }),
+                Request::Upgrade { id, program, options } => match self.upgrade(id, program, options).await {
+                    Ok(()) => json!({ "tried": true }),
+                    Err(e) => json!({ "error": e.to_string() }),
+                },
                 Request::Stats => json!(self.stats().await),
                 Request::Metrics => json!({ "text": self.metrics() }),
             };

@@ -3,10 +3,14 @@
 //! leader's is empty, is told by the sessions what they hold together with their claims of leases, and grants nothing before all have spoken
 //! ([`LockTable::open`]). For the same reasons as there no two sessions ever hold what conflicts, also while an old leader has not noticed.
 //!
+//! Locks outlive the life of their session in which they were taken, for its next one ([`LockTable::begin_life`]): until its owners have spoken in that,
+//! or its time for it is over, nobody else gets what they have.
+//!
 //! A want that waits is granted as soon as nothing stands against it, in the order of arrival; one that does not wait is not held up by those that do.
 //! Deadlocks are found when a want begins to wait: by following, from owner to owner, who waits for whom.
 
 use efc_common::id::SessionId;
+use efc_common::lease::Moment;
 use efc_common::lock::{
     LOCKS_MAX, Lock, LockFile, LockOwner, LockSet, LockState, LockTell, LockWant, Patience, Verdict,
 };
@@ -29,6 +33,8 @@ struct Owned {
     waits: Vec<LockWant>,
     /// All it has: what others must respect.
     has: LockSet,
+    /// It has not spoken in this life of its session.
+    unclaimed: bool,
 }
 
 impl Owned {
@@ -102,6 +108,8 @@ pub(crate) struct LockTable {
     by_owner: BTreeMap<Who, BTreeSet<LockFile>>,
     /// Has and wants of each session.
     entries: HashMap<SessionId, usize>,
+    /// Until when owners who have not spoken in the life that their session began are waited for.
+    claims: BTreeMap<SessionId, Moment>,
     /// All sessions have claimed.
     open: bool,
 }
@@ -114,8 +122,12 @@ impl LockTable {
         let file = self.files.entry(name.clone()).or_default();
         let owned = file.owners.entry(who).or_default();
         let before = owned.entries();
-        let known: Vec<Lock> = held.into_iter().filter(|l| !self.open || owned.has.covers(l)).collect();
+        let known = match self.open {
+            true => held.into_iter().flat_map(|l| owned.has.parts_of(l)).collect(),
+            false => held,
+        };
         owned.pid = pid;
+        owned.unclaimed = false;
         owned.held = LockSet::default();
         known.into_iter().for_each(|l| owned.held.set(l));
         let named = |id: u64| wants.iter().any(|w| w.id == id);
@@ -159,19 +171,34 @@ impl LockTable {
         }
     }
 
+    /// A session begins another life: nobody hears any more what its owners waited for, and what they have is kept for them until this time, at which
+    /// [`LockTable::end_unclaimed`] is due.
+    pub(crate) fn begin_life(&mut self, session: SessionId, until: Moment, out: Out<'_>) {
+        self.claims.insert(session, until);
+        self.replace(session, out, |owned| {
+            // Its session may have heard of what was granted.
+            let (pid, held, has) = (owned.pid, owned.has.clone(), std::mem::take(&mut owned.has));
+            *owned = Owned { pid, held, has, unclaimed: true, ..Owned::default() };
+        });
+    }
+
+    /// Ends owners who did not speak in the new lives of their sessions in time.
+    pub(crate) fn end_unclaimed(&mut self, now: Moment, out: Out<'_>) {
+        let due: Vec<SessionId> = self.claims.iter().filter(|(_, until)| **until <= now).map(|(s, _)| *s).collect();
+        for session in due {
+            self.claims.remove(&session);
+            self.replace(session, out, |owned| {
+                if owned.unclaimed {
+                    *owned = Owned::default();
+                }
+            });
+        }
+    }
+
     /// A session is over.
     pub(crate) fn end(&mut self, session: SessionId, out: Out<'_>) {
-        let ended = self.by_owner.range((session, LockOwner(0))..=(session, LockOwner(u64::MAX)));
-        let ended: Vec<_> = ended.map(|(who, files)| (*who, files.clone())).collect();
-        for (who, files) in ended {
-            self.by_owner.remove(&who);
-            for name in files {
-                if let Some(file) = self.files.get_mut(&name) {
-                    file.owners.remove(&who);
-                }
-                self.progress(&name, out);
-            }
-        }
+        self.replace(session, out, |owned| *owned = Owned::default());
+        self.claims.remove(&session);
         self.entries.remove(&session);
     }
 
@@ -179,6 +206,24 @@ impl LockTable {
     pub(crate) fn counts(&self) -> (usize, usize) {
         let owned = || self.files.values().flat_map(|f| f.owners.values());
         (owned().map(|o| o.has.locks().len()).sum(), owned().map(|o| o.waits.len()).sum())
+    }
+
+    /// Changes what the owners of a session have, on each file.
+    fn replace(&mut self, session: SessionId, out: Out<'_>, mut change: impl FnMut(&mut Owned)) {
+        let owners = self.by_owner.range((session, LockOwner(0))..=(session, LockOwner(u64::MAX)));
+        let all: Vec<(Who, LockFile)> = owners.flat_map(|(w, files)| files.iter().map(|f| (*w, f.clone()))).collect();
+        for (who, name) in all {
+            let Some(file) = self.files.get_mut(&name) else { continue };
+            if let Some(owned) = file.owners.get_mut(&who) {
+                let before = owned.entries();
+                change(owned);
+                let sum = self.entries.entry(session).or_default();
+                *sum = *sum + owned.entries() - before;
+                let waits = |id: u64| owned.waits.iter().any(|w| w.id == id);
+                file.queue.retain(|(other, id)| *other != who || waits(*id));
+            }
+            self.progress(&name, out);
+        }
     }
 
     fn take_wait(&mut self, name: &LockFile, who: Who, id: u64) -> Option<LockWant> {
@@ -284,12 +329,17 @@ mod tests {
         Lock { start, end, exclusive }
     }
 
+    const LEASE: Moment = Moment::from_secs(10);
+
     /// Sessions with one owner each, as a client keeps them.
     struct Sim {
         table: LockTable,
+        now: Moment,
         ids: u64,
         /// What session `s` knows to hold of file `f`, and wants.
         known: BTreeMap<(u64, u8), (LockSet, Vec<LockWant>)>,
+        /// Has said nothing in its new life.
+        silent: BTreeSet<(u64, u8)>,
         settled: BTreeMap<u64, Verdict>,
     }
 
@@ -297,7 +347,14 @@ mod tests {
         fn new() -> Sim {
             let mut table = LockTable::default();
             table.open(&mut Vec::new());
-            Sim { table, ids: 0, known: BTreeMap::new(), settled: BTreeMap::new() }
+            Sim {
+                table,
+                now: Moment::ZERO,
+                ids: 0,
+                known: BTreeMap::new(),
+                silent: BTreeSet::new(),
+                settled: BTreeMap::new(),
+            }
         }
 
         fn state(&self, s: u64, f: u8) -> LockState {
@@ -309,6 +366,30 @@ mod tests {
         fn say(&mut self, s: u64, f: u8) {
             let mut out = Vec::new();
             self.table.say(SessionId(s), self.state(s, f), &mut out);
+            self.silent.remove(&(s, f));
+            self.hear(out);
+        }
+
+        /// A process goes on with what its predecessor knew to hold.
+        fn begin_life(&mut self, s: u64) {
+            for (key, (_, wants)) in self.known.iter_mut().filter(|(key, _)| key.0 == s) {
+                wants.clear();
+                self.silent.insert(*key);
+            }
+            let mut out = Vec::new();
+            self.table.begin_life(SessionId(s), self.now + LEASE, &mut out);
+            self.hear(out);
+        }
+
+        fn pass(&mut self, time: Moment) {
+            self.now += time;
+            let mut out = Vec::new();
+            self.table.end_unclaimed(self.now, &mut out);
+            let over: Vec<u64> = self.silent.iter().map(|(s, _)| *s).collect();
+            for s in over.into_iter().filter(|s| !self.table.claims.contains_key(&SessionId(*s))) {
+                self.known.retain(|key, _| key.0 != s || !self.silent.contains(key));
+                self.silent.retain(|key| key.0 != s);
+            }
             self.hear(out);
         }
 
@@ -423,10 +504,105 @@ mod tests {
         assert_eq!(sim.verdict(other), Some(Verdict::Granted));
     }
 
+    #[test]
+    fn locks_outlive_the_life_they_were_taken_in_and_are_claimed() {
+        let mut sim = Sim::new();
+        sim.want(1, 0, lock(0, 9, true), Patience::Try);
+        let first = sim.want(2, 0, lock(0, 0, false), Patience::Wait);
+        sim.begin_life(1);
+        let denied = Verdict::Denied { by: lock(0, 9, true), pid: 0 };
+        let tried = sim.want(3, 0, lock(9, 9, false), Patience::Try);
+        assert_eq!((sim.verdict(first), sim.verdict(tried)), (None, Some(denied)));
+        // Not all of it is claimed, and more than there was.
+        sim.pass(LEASE / 2);
+        sim.known.insert((1, 0), Default::default());
+        sim.known.entry((1, 0)).or_default().0.set(lock(5, 20, true));
+        sim.say(1, 0);
+        assert_eq!(sim.verdict(first), Some(Verdict::Granted));
+        sim.pass(LEASE);
+        let more = sim.want(3, 0, lock(10, 20, true), Patience::Try);
+        let tried = sim.want(3, 0, lock(9, 9, false), Patience::Try);
+        let denied = Verdict::Denied { by: lock(5, 9, true), pid: 0 };
+        assert_eq!((sim.verdict(more), sim.verdict(tried)), (Some(Verdict::Granted), Some(denied)));
+    }
+
+    #[test]
+    fn locks_that_nobody_claims_end_with_the_time_for_it() {
+        let mut sim = Sim::new();
+        sim.want(1, 0, lock(0, 9, true), Patience::Try);
+        sim.want(1, 1, lock(0, 9, true), Patience::Try);
+        sim.begin_life(1);
+        sim.say(1, 1);
+        sim.pass(LEASE / 2);
+        // The process that was to claim them died too.
+        sim.begin_life(1);
+        sim.say(1, 1);
+        let waits = sim.want(2, 0, lock(5, 5, true), Patience::Wait);
+        sim.pass(LEASE - Moment::from_millis(1));
+        assert_eq!(sim.verdict(waits), None);
+        sim.pass(Moment::from_millis(1));
+        let claimed = sim.want(2, 1, lock(5, 5, true), Patience::Wait);
+        assert_eq!((sim.verdict(waits), sim.verdict(claimed)), (Some(Verdict::Granted), None));
+        // What was not claimed is over.
+        sim.known.entry((1, 0)).or_default().0.set(lock(0, 9, true));
+        sim.say(1, 0);
+        let rest = sim.want(2, 0, lock(0, 9, true), Patience::Try);
+        assert_eq!(sim.verdict(rest), Some(Verdict::Granted));
+    }
+
+    #[test]
+    fn what_was_granted_and_not_heard_ends_with_the_first_word_of_a_new_life() {
+        let mut sim = Sim::new();
+        sim.want(1, 0, lock(0, 9, true), Patience::Try);
+        let mut state = sim.state(1, 0);
+        state.wants.push(LockWant { id: 90, lock: lock(20, 29, true), patience: Patience::Try });
+        sim.table.say(SessionId(1), state, &mut Vec::new());
+        sim.begin_life(1);
+        let waits = sim.want(2, 0, lock(20, 20, true), Patience::Wait);
+        assert_eq!(sim.verdict(waits), None, "its session may have heard");
+        sim.say(1, 0);
+        let tried = sim.want(2, 0, lock(0, 0, true), Patience::Try);
+        let denied = Verdict::Denied { by: lock(0, 9, true), pid: 0 };
+        assert_eq!((sim.verdict(waits), sim.verdict(tried)), (Some(Verdict::Granted), Some(denied)));
+    }
+
+    #[test]
+    fn nobody_waits_for_what_was_wanted_in_an_old_life() {
+        let mut sim = Sim::new();
+        sim.want(2, 0, lock(0, 9, true), Patience::Try);
+        let old = sim.want(1, 0, lock(0, 0, true), Patience::Wait);
+        let waits = sim.want(3, 0, lock(0, 0, true), Patience::Wait);
+        sim.begin_life(1);
+        assert_eq!(sim.table.counts(), (1, 1));
+        // Numbers begin anew too.
+        let again = LockWant { id: old, lock: lock(5, 5, true), patience: Patience::Wait };
+        sim.known.entry((1, 0)).or_default().1.push(again);
+        sim.say(1, 0);
+        sim.unlock(2, 0, 0, 4);
+        assert_eq!((sim.verdict(old), sim.verdict(waits)), (None, Some(Verdict::Granted)));
+        sim.unlock(2, 0, 5, 9);
+        assert_eq!((sim.verdict(old), sim.table.counts()), (Some(Verdict::Granted), (2, 0)));
+    }
+
+    #[test]
+    fn a_state_that_was_said_before_a_weaker_lock_was_heard_of_gives_up_nothing_else() {
+        let mut sim = Sim::new();
+        sim.want(1, 0, lock(0, 9, true), Patience::Try);
+        let mut state = sim.state(1, 0);
+        state.wants.push(LockWant { id: 90, lock: lock(4, 5, false), patience: Patience::Wait });
+        for _ in 0..2 {
+            sim.table.say(SessionId(1), state.clone(), &mut Vec::new());
+        }
+        let (weaker, around) =
+            (sim.want(2, 0, lock(4, 5, false), Patience::Try), sim.want(2, 0, lock(6, 6, false), Patience::Try));
+        let denied = Verdict::Denied { by: lock(6, 9, true), pid: 0 };
+        assert_eq!((sim.verdict(weaker), sim.verdict(around)), (Some(Verdict::Granted), Some(denied)));
+    }
+
     proptest! {
         #[test]
         fn no_two_owners_ever_have_what_conflicts_and_nobody_waits_for_nothing(
-            steps in vec((1u64..5, 0u8..2, 0u64..8, 0u64..8, any::<bool>(), 0u8..8), 1..60)
+            steps in vec((1u64..5, 0u8..2, 0u64..8, 0u64..8, any::<bool>(), 0u8..10), 1..60)
         ) {
             let mut sim = Sim::new();
             for (s, f, a, b, exclusive, what) in steps {
@@ -439,12 +615,15 @@ mod tests {
                         sim.known.entry((s, f)).or_default().1.clear();
                         sim.say(s, f);
                     }
-                    _ => {
+                    7 => {
                         let mut out = Vec::new();
                         sim.table.end(SessionId(s), &mut out);
                         sim.known.retain(|(session, _), _| *session != s);
+                        sim.silent.retain(|(session, _)| *session != s);
                         sim.hear(out);
                     }
+                    8 => sim.begin_life(s),
+                    _ => sim.pass(LEASE / 2),
                 }
                 for ((s, f), (held, wants)) in &sim.known {
                     for ((t, g), (others, _)) in &sim.known {

@@ -19,6 +19,6 @@ pub mod state {
 pub mod convert;
 pub mod frame;
 pub mod lease;
-mod lock;
+pub mod lock;
 pub mod shared;
 pub mod status;

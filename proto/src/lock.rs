@@ -36,7 +36,8 @@ fn want_in(w: control::LockWant) -> Result<LockWant> {
     Ok(LockWant { id: w.id, lock: range_in(need(w.lock, "a want without a lock")?)?, patience })
 }
 
-pub(crate) fn state_out(s: &LockState) -> control::LockState {
+/// What an owner has and wants.
+pub fn state_out(s: &LockState) -> control::LockState {
     control::LockState {
         file: s.file.as_bytes().clone(),
         owner: s.owner.0,
@@ -47,7 +48,11 @@ pub(crate) fn state_out(s: &LockState) -> control::LockState {
     }
 }
 
-pub(crate) fn state_in(s: control::LockState) -> Result<LockState> {
+/// The same, from outside.
+///
+/// # Errors
+/// [`efc_common::Kind::Corrupt`].
+pub fn state_in(s: control::LockState) -> Result<LockState> {
     if s.held.len() > LOCKS_MAX || s.wants.len() > LOCKS_MAX {
         return bad("too many locks of one owner");
     }

@@ -95,6 +95,10 @@ impl Tree for File {
         let fd = self.run(move |root| root.open_file(&at, write)).await?;
         Ok(Arc::new(Opened::new(fd, locator.clone(), self.permits.clone())))
     }
+
+    fn reopen(&self, fd: OwnedFd, locator: &Bytes) -> Option<Arc<dyn OpenFile>> {
+        Some(Arc::new(Opened::new(fd, locator.clone(), self.permits.clone())))
+    }
 }
 
 impl Root {

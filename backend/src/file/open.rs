@@ -17,7 +17,7 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::{Errno, retry_on_intr};
 use std::any::Any;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use tokio::sync::{Mutex as Turn, Semaphore};
 
@@ -118,6 +118,10 @@ impl OpenFile for Opened {
             Some(e) => Err(e),
             None => Ok(node),
         }
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.fd.as_fd())
     }
 
     async fn attr(&self) -> Result<Node> {

@@ -181,7 +181,10 @@ pub(super) async fn commit(client: &Client, file: &[u8]) -> Result<(Option<fattr
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connect::connect_counted;
+    use crate::tree::{New, NewNode};
     use efc_common::Kind;
+    use efc_common::source::{SecretRef, SourceSpec};
     use proptest::prelude::*;
 
     fn words(list: &[u32]) -> Reader {
@@ -223,6 +226,38 @@ mod tests {
         assert_eq!(first.handle.expect("a handle"), again.handle.expect("a handle"));
         let other = create(&client, &root, b"file", [8; 8]).await;
         assert!(other.is_err_and(|e| e.is(Kind::AlreadyExists)));
+    }
+
+    /// What another process leaves when it dies between CREATE and SETATTR.
+    #[tokio::test]
+    async fn a_file_that_another_process_left_without_attributes_is_finished() {
+        let dir = efc_testkit::scratch("unfinished").expect("scratch");
+        let server = efc_testkit::Ganesha::start(dir.path()).expect("ganesha");
+        let options = [("mount_port".to_string(), server.mount_port().to_string())].into();
+        let spec = SourceSpec::parse(&server.url(), options, SecretRef::Anonymous).expect("a source");
+        let origin = connect_counted(&spec, None).await.expect("connect");
+        let (tree, root) = (origin.tree.expect("a tree"), origin.backend.root().await.expect("root").locator);
+        let doubt = tree.in_doubt().expect("a tree in doubt");
+        let client = Client::new(super::super::ops::NFS, &spec.endpoint, 1, std::time::Duration::from_secs(5));
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock").as_secs() as i64;
+        for (name, mode, uid) in [(&b"root"[..], 0o600, 0), (b"user", 0o4711, 1234), (b"object", 0o444, 1234)] {
+            let wanted = NewNode { what: New::File, mode, uid, gid: uid };
+            let left = create(&client, &root, name, [7; 8]).await.expect("create").attributes.expect("attributes");
+            assert!((i64::from(left.mtime.seconds) - now).abs() > 3600, "the verifier: {:?}", left.mtime);
+            assert!(tree.create(&root, name, &wanted).await.is_err_and(|e| e.is(Kind::AlreadyExists)));
+            let made = doubt.create(&root, name, &wanted).await.expect("finished").attr;
+            assert_eq!(made.fileid, left.fileid);
+            assert_eq!((made.mode, made.uid, made.gid), (Some(mode), Some(uid), Some(uid)), "{left:?}");
+            assert!((made.mtime.secs - now).abs() < 3600, "{:?}", made.mtime);
+            // Finished, but by another verifier.
+            let again = doubt.create(&root, name, &wanted).await.expect("made already").attr;
+            assert_eq!(again.fileid, left.fileid);
+            if uid != 0 {
+                let other = NewNode { uid: 99, ..wanted };
+                let refused = doubt.create(&root, name, &other).await;
+                assert!(refused.is_err_and(|e| e.is(Kind::AlreadyExists)), "it is somebody's");
+            }
+        }
     }
 
     proptest! {

@@ -3,6 +3,7 @@
 use super::xdr::Reader;
 use super::{Nfs, node};
 use crate::Backend;
+use crate::connect::{Raw, Settings, stack};
 use crate::tree::{Change, New, NewNode, Tree};
 use bytes::{Bytes, BytesMut};
 use efc_common::node::Node;
@@ -379,6 +380,8 @@ struct Disk {
     /// After how many more calls it restarts, again and again.
     restart_every: Option<usize>,
     calls: usize,
+    /// COMMITs that it asks to send again later.
+    busy: u32,
     /// Procedures called, and of WRITE whether it was to be stable.
     log: Vec<(u32, bool)>,
 }
@@ -417,6 +420,10 @@ impl Disk {
                 results = results.words(&[0, 0, data.len() as u32, if stable { 2 } else { 0 }, 0, self.boots]);
             }
             19 => return fsinfo(1 << 20),
+            21 if self.busy > 0 => {
+                self.busy -= 1;
+                results = Results::default().words(&[10008, 0, 0]);
+            }
             21 => {
                 self.stable = self.memory.clone();
                 results = results.words(&[0, 0, 0, self.boots]);
@@ -472,6 +479,38 @@ async fn what_a_restarted_server_forgot_is_sent_again() {
         one.sync(false).await.expect("sync");
         assert_eq!(disk.lock().log[before..], [(1, false)], "nothing is left to commit");
     }
+}
+
+#[tokio::test]
+async fn what_another_process_wrote_is_committed_once() {
+    let (server, nfs, disk) = disk().await;
+    // Another process, which died.
+    let before = nfs.open(&dir(), true).await.expect("open");
+    before.write(0, Bytes::from(pattern(0, 5000))).await.expect("write");
+    let limits = Settings { timeout: TIMEOUT, deadline: 5 * TIMEOUT, request_rate: 0, bandwidth: 0 };
+    let nfs = Arc::new(server.client(&[]));
+    let raw = Raw { backend: nfs.clone(), tree: Some(nfs), objects: None };
+    let tree = stack(raw, "nfs".into(), &limits).tree.expect("a tree");
+    // What it is asked from now on.
+    let asked = || std::mem::take(&mut disk.lock().log).iter().map(|call| call.0).collect::<Vec<_>>();
+    let open = tree.open(&dir(), true).await.expect("open");
+    assert!(open.descriptor().is_none());
+    asked();
+    assert!(open.close().await.expect("close").is_none());
+    assert!(asked().is_empty(), "nobody has told");
+    open.resumed();
+    disk.lock().busy = 1;
+    open.close().await.expect("close").expect("attributes");
+    assert_eq!(asked(), [21, 21, 1], "once more after a failure");
+    assert!(disk.lock().stable == pattern(0, 5000));
+    assert!(open.close().await.expect("close").is_none());
+    open.sync(false).await.expect("sync");
+    assert_eq!(asked(), [1], "nothing is left to commit");
+    open.resumed();
+    open.write(5000, Bytes::from(pattern(5000, 5000))).await.expect("write");
+    open.sync(false).await.expect("sync");
+    assert_eq!(asked(), [7, 1, 21, 1], "one COMMIT for both");
+    assert!(disk.lock().stable == pattern(0, 10_000));
 }
 
 #[tokio::test]

@@ -7,6 +7,9 @@
 //! has no promise). All files of a mount together keep at most [`KEPT_BYTES_MAX`]; over it a file is committed first, and if others hold the
 //! room, written stably, which needs no keeping.
 //!
+//! What another process wrote before us ([`OpenFile::resumed`]) is committed, too, but not kept: if the server restarted in between, it is lost, and we
+//! cannot tell.
+//!
 //! We notice a restart only as well as the server tells: Ganesha's verifier is the second of its start, so two starts within one look alike.
 //!
 //! What must stay true: a piece is never sent again while younger WRITEs of the file are under way, and pieces that are sent again include all
@@ -28,6 +31,7 @@ use parking_lot::Mutex;
 use std::any::Any;
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Weak};
 use tokio::sync::{Mutex as Turn, OwnedSemaphorePermit, RwLock, Semaphore};
 
@@ -77,6 +81,8 @@ impl KeptFiles {
 pub(super) struct Kept {
     /// In the order of their answers.
     pieces: Mutex<Vec<Piece>>,
+    /// Has the server perhaps more to commit, which another process wrote?
+    resumed: AtomicBool,
     /// Shared by WRITEs under way; alone who sends pieces again.
     gate: RwLock<()>,
     /// Held by who commits: only there pieces go away.
@@ -92,15 +98,21 @@ struct Piece {
 }
 
 impl Kept {
+    /// Is there nothing to commit?
+    fn is_empty(&self) -> bool {
+        self.pieces.lock().is_empty() && !self.resumed.load(Relaxed)
+    }
+
     /// Makes all that is kept durable; attributes, if the server gave some.
     pub(super) async fn commit(&self, client: &Client, file: &[u8]) -> Result<Option<fattr3>> {
         let _turn = self.committing.lock().await;
         for _ in 0..ROUNDS {
-            let n = self.pieces.lock().len();
-            if n == 0 {
+            if self.is_empty() {
                 return Ok(None);
             }
+            let n = self.pieces.lock().len();
             let (attributes, verifier) = changes::commit(client, file).await?;
+            self.resumed.store(false, Relaxed);
             {
                 let mut pieces = self.pieces.lock();
                 if pieces[..n].iter().all(|p| p.verifier == verifier) {
@@ -258,10 +270,14 @@ impl OpenFile for Opened {
     }
 
     async fn close(&self) -> Result<Option<Node>> {
-        if self.kept.pieces.lock().is_empty() {
+        if self.kept.is_empty() {
             return Ok(None);
         }
         self.sync(true).await.map(Some)
+    }
+
+    fn resumed(&self) {
+        self.kept.resumed.store(true, Relaxed);
     }
 
     async fn attr(&self) -> Result<Node> {

@@ -11,7 +11,7 @@
 //! | append | the size that this append makes |
 //! | conditional copy that keeps metadata | the version of the source |
 //!
-//! The mark is a random number in the user metadata ([`NONCE`], 16 hexadecimal digits), because nothing else is certain: ETags are MD5 sums at some stores and under
+//! The mark is a random number in the user metadata ([`MARK`], 16 hexadecimal digits), because nothing else is certain: ETags are MD5 sums at some stores and under
 //! some encryptions only, and two empty files made with O_EXCL look alike. It stays on the object, is never shown, and costs no request. An
 //! upload that another process began has no mark known here: its lost completion ends as the store's refusal, and the caller looks itself.
 //! A beginning whose answer is lost leaves an upload behind that the sweep of open uploads finds.
@@ -22,8 +22,8 @@ use crate::object::copy;
 use crate::object::delete::BATCH_KEYS;
 use crate::object::multipart::{COMPLETE_PATIENCE, copy_patience};
 use crate::objects::{
-    Body, Condition, DynObjects, Metadata, NONCE, ObjectLimits, Objects, OpenUpload, Part, UploadId, allowance,
-    body_bytes,
+    Body, Condition, DynObjects, MARK, Metadata, ObjectLimits, Objects, OpenUpload, Part, UploadId, allowance,
+    body_bytes, new_mark,
 };
 use crate::retry::{Outage, Policy};
 use async_trait::async_trait;
@@ -106,8 +106,7 @@ impl Retry {
     /// The object, if it bears our mark.
     async fn marked(&self, locator: &Bytes, mark: Option<&str>) -> Result<Option<Node>> {
         let Some(mark) = mark else { return Ok(None) };
-        let found = self.found(locator).await?;
-        Ok(found.filter(|(_, m)| m.other.get(NONCE).is_some_and(|n| n == mark)).map(|(node, _)| node))
+        Ok(self.made_by(locator, &[mark.into()]).await?.map(|(node, _)| node))
     }
 
     /// One batch; keys whose failure may pass are tried again.
@@ -138,11 +137,10 @@ impl Retry {
     }
 }
 
-/// A new mark, and `metadata` with it.
+/// The mark that `metadata` gives, or a new one, and `metadata` with it.
 fn mark(metadata: &Metadata) -> (String, Metadata) {
-    let mark = format!("{:016x}", rand::random::<u64>());
     let mut marked = metadata.clone();
-    marked.other.insert(NONCE.to_string(), mark.clone());
+    let mark = marked.other.entry(MARK.to_string()).or_insert_with(new_mark).clone();
     (mark, marked)
 }
 
@@ -268,8 +266,14 @@ impl Objects for Retry {
 
     async fn head(&self, locator: &Bytes) -> Result<(Node, Metadata)> {
         let (node, mut metadata) = self.again(Request::Getattr, Duration::ZERO, || self.inner.head(locator)).await?;
-        metadata.other.remove(NONCE);
+        metadata.other.remove(MARK);
         Ok((node, metadata))
+    }
+
+    async fn made_by(&self, locator: &Bytes, marks: &[String]) -> Result<Option<(Node, Metadata)>> {
+        let Some((node, mut metadata)) = self.found(locator).await? else { return Ok(None) };
+        let mark = metadata.other.remove(MARK);
+        Ok(mark.is_some_and(|m| marks.contains(&m)).then_some((node, metadata)))
     }
 
     async fn keys_below(&self, dir: &Bytes, from: Option<Bytes>) -> Result<ListPage> {

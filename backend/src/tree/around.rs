@@ -8,6 +8,7 @@ use efc_common::node::Node;
 use efc_common::{Error, Kind, Result};
 use std::any::Any;
 use std::ops::Range;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -35,6 +36,10 @@ pub(crate) struct Decorated<P> {
 impl<P: Around> Decorated<P> {
     pub(crate) fn new(inner: DynTree, policy: Arc<P>) -> Decorated<P> {
         Decorated { inner, policy }
+    }
+
+    fn decorate(&self, inner: Arc<dyn OpenFile>) -> Arc<dyn OpenFile> {
+        Arc::new(DecoratedFile { inner, policy: self.policy.clone() })
     }
 }
 
@@ -102,7 +107,11 @@ impl<P: Around> Tree for Decorated<P> {
 
     async fn open(&self, locator: &Bytes, write: bool) -> Result<Arc<dyn OpenFile>> {
         let inner = self.policy.around(Request::Other, || self.inner.open(locator, write)).await?;
-        Ok(Arc::new(DecoratedFile { inner, policy: self.policy.clone() }))
+        Ok(self.decorate(inner))
+    }
+
+    fn reopen(&self, fd: OwnedFd, locator: &Bytes) -> Option<Arc<dyn OpenFile>> {
+        self.inner.reopen(fd, locator).map(|inner| self.decorate(inner))
     }
 }
 
@@ -132,6 +141,14 @@ impl<P: Around> OpenFile for DecoratedFile<P> {
 
     async fn close(&self) -> Result<Option<Node>> {
         self.policy.around(Request::Sync, || self.inner.close()).await
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.descriptor()
+    }
+
+    fn resumed(&self) {
+        self.inner.resumed();
     }
 
     async fn attr(&self) -> Result<Node> {

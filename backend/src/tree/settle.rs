@@ -5,9 +5,12 @@
 //! succeeded. Attempts that certainly did not reach the origin raise no doubt (see [`unsent`]), so a name that was there before is reported as such.
 //! The caller's lease keeps other EFC clients from the directory meanwhile; a change by others between two attempts may be taken for ours, if it
 //! is exactly what was wanted. NFS adds exactness where the protocol has it: CREATE with a verifier.
+//!
+//! Calls that another process may have made before it died begin in doubt ([`Tree::in_doubt`]). Its verifier is not ours, and it may have died between making an
+//! object and giving it its owner and mode: such an object is recognised by what it has until then, and gets the rest.
 
 use super::around::{Around, Decorated};
-use super::{Change, DynTree, New, NewNode, OpenFile, RenameMode, Tree};
+use super::{Change, DynTree, New, NewNode, OpenFile, RenameMode, SetTime, Tree};
 use crate::DynBackend;
 use crate::count::Request;
 use crate::retry::{Outage, Policy};
@@ -15,12 +18,17 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use efc_common::node::{FileKind, Node};
 use efc_common::{Error, Kind, Result, Retry};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Instant;
 
 /// The set-group-id bit.
 const SETGID: u32 = 0o2000;
+/// Owner and group of what is made, until it is given away.
+const ROOT: u32 = 0;
+/// Permission bits that a server may choose for a file of CREATE EXCLUSIVE, which has no room for any.
+const EXCLUSIVE_MODE: u32 = 0o600;
 
 /// Marks an error of a call that certainly was not executed: it never left, or the origin answered that it did nothing.
 pub(crate) fn unsent(e: Error) -> Error {
@@ -38,12 +46,14 @@ pub(crate) struct Settled {
     repeated: Decorated<Policy>,
     backend: DynBackend,
     policy: Arc<Policy>,
+    /// May the first attempt be a second one already?
+    doubt: bool,
 }
 
 impl Settled {
     /// Retries calls of `inner`; `backend` reads the same origin, with retries of its own.
     pub(crate) fn new(inner: DynTree, backend: DynBackend, policy: Arc<Policy>) -> Settled {
-        Settled { repeated: Decorated::new(inner.clone(), policy.clone()), inner, backend, policy }
+        Settled { repeated: Decorated::new(inner.clone(), policy.clone()), inner, backend, policy, doubt: false }
     }
 
     /// Makes `call` until it is answered. A final refusal that came after doubt goes to `look`, which returns what was wanted if it is there,
@@ -59,7 +69,7 @@ impl Settled {
         L: Future<Output = Result<T>> + Send,
     {
         let mut outage = Outage::new(self.policy.deadline());
-        let mut doubt = false;
+        let mut doubt = self.doubt;
         loop {
             let e = match outage.attempt(call()).await {
                 Ok(answer) => return Ok(answer),
@@ -73,24 +83,48 @@ impl Settled {
         }
     }
 
-    /// Is `node` what a create of `new` in `dir` makes?
-    async fn is_made(&self, node: &Node, dir: &Bytes, new: &NewNode) -> Result<bool> {
+    /// `node`, if it is what a create of `new` in `dir` makes.
+    async fn made(&self, node: Node, dir: &Bytes, new: &NewNode) -> Result<Option<Node>> {
         let above = self.backend.getattr(dir).await?.attr;
         let inherits = above.mode.unwrap_or(0) & SETGID != 0;
         let (gid, directory) = (if inherits { above.gid } else { Some(new.gid) }, new.what == New::Directory);
         let mode = new.mode & 0o7777 | if inherits && directory { SETGID } else { 0 };
+        let has_mode = !matches!(new.what, New::Symlink(_));
         let attr = &node.attr;
-        let owned = attr.uid == Some(new.uid) && attr.gid == gid && attr.mode == Some(mode);
-        Ok(match &new.what {
-            New::File => owned && attr.kind == FileKind::File && attr.size == 0 && attr.nlink == 1,
-            New::Directory => owned && attr.kind == FileKind::Directory && self.is_empty(&node.locator).await?,
+        let owned = if self.doubt {
+            // Finished or not: the mode comes last.
+            [Some(ROOT), Some(new.uid)].contains(&attr.uid)
+                && [Some(ROOT), Some(new.gid), above.gid].contains(&attr.gid)
+                && (!has_mode || attr.mode.is_some_and(|m| m & !(mode | EXCLUSIVE_MODE) == 0))
+        } else {
+            !has_mode || attr.uid == Some(new.uid) && attr.gid == gid && attr.mode == Some(mode)
+        };
+        if !owned || !self.is_new(&node, &new.what).await? {
+            return Ok(None);
+        }
+        if !self.doubt {
+            return Ok(Some(node));
+        }
+        // The times of a file of CREATE EXCLUSIVE are its verifier.
+        let times = (new.what == New::File).then_some(SetTime::Now);
+        let mode = has_mode.then_some(mode);
+        let rest = Change { mode, uid: Some(new.uid), gid, size: None, atime: times, mtime: times };
+        self.repeated.set_attr(&node.locator, &rest).await.map(Some)
+    }
+
+    /// Is `node` a new object of this type?
+    async fn is_new(&self, node: &Node, what: &New) -> Result<bool> {
+        let attr = &node.attr;
+        Ok(match what {
+            New::File => attr.kind == FileKind::File && attr.size == 0 && attr.nlink == 1,
+            New::Directory => attr.kind == FileKind::Directory && self.is_empty(&node.locator).await?,
             New::Symlink(target) => {
                 attr.kind == FileKind::Symlink && self.backend.readlink(&node.locator).await? == *target
             }
-            New::Fifo => owned && attr.kind == FileKind::Fifo,
-            New::Socket => owned && attr.kind == FileKind::Socket,
-            New::CharDevice(n) => owned && attr.kind == FileKind::CharDevice && attr.rdev == *n,
-            New::BlockDevice(n) => owned && attr.kind == FileKind::BlockDevice && attr.rdev == *n,
+            New::Fifo => attr.kind == FileKind::Fifo,
+            New::Socket => attr.kind == FileKind::Socket,
+            New::CharDevice(n) => attr.kind == FileKind::CharDevice && attr.rdev == *n,
+            New::BlockDevice(n) => attr.kind == FileKind::BlockDevice && attr.rdev == *n,
         })
     }
 
@@ -159,13 +193,18 @@ impl Tree for Settled {
         self.repeated.complete(node).await
     }
 
+    fn in_doubt(&self) -> Option<DynTree> {
+        let same = Settled::new(self.inner.clone(), self.backend.clone(), self.policy.clone());
+        Some(Arc::new(Settled { doubt: true, ..same }))
+    }
+
     async fn create(&self, dir: &Bytes, name: &[u8], new: &NewNode) -> Result<Node> {
         let look = |e: Error| async move {
             if !e.is(Kind::AlreadyExists) {
                 return Err(e);
             }
             let node = self.backend.lookup(dir, name).await?;
-            if self.is_made(&node, dir, new).await? { Ok(node) } else { Err(e) }
+            self.made(node, dir, new).await?.ok_or(e)
         };
         self.settle(Request::Create, || self.inner.create(dir, name, new), look).await
     }
@@ -223,5 +262,9 @@ impl Tree for Settled {
 
     async fn open(&self, locator: &Bytes, write: bool) -> Result<Arc<dyn OpenFile>> {
         self.repeated.open(locator, write).await
+    }
+
+    fn reopen(&self, fd: OwnedFd, locator: &Bytes) -> Option<Arc<dyn OpenFile>> {
+        self.repeated.reopen(fd, locator)
     }
 }

@@ -86,7 +86,7 @@ fn findings(probe: &Result<KernelFeatures>) -> Vec<Finding> {
     vec![
         say(
             k.resend,
-            "a hand-over of the mount process keeps every request (RESEND)",
+            "a mount process that dies or is upgraded loses no request (RESEND)",
             "no RESEND (Linux 6.9): requests under way at a crash of the mount process hang until the connection is aborted",
         ),
         say(

@@ -5,11 +5,12 @@ pub mod doctor;
 pub mod mount;
 pub mod refresh;
 pub mod stats;
+pub mod upgrade;
 
 use crate::options;
 use clap::{Args, Parser, Subcommand};
 use efc_common::source;
-use efc_common::{Error, Kind};
+use efc_common::{Error, Kind, Result, log};
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -34,6 +35,14 @@ enum Command {
     Umount(UmountArgs),
     /// Show what a mount does: requests, hits by tier, origin requests.
     Stats(StatsArgs),
+    /// Have another program (a new version) serve a mount, without unmounting: applications see a short pause.
+    #[command(
+        after_help = "The new program is tried first: it must reach origin and masters and agree with what the kernel was told. Then the old one answers what is under way and leaves. If the new one does not serve within 4 s, \
+the old one goes on, and this command fails.\n\nExamples:\n  efc-fuse upgrade /mnt                              the program the mount was started with, after its file was replaced\n  efc-fuse upgrade /mnt --binary /opt/efc-1.2/efc-fuse\n  efc-fuse upgrade /mnt --option memory=4GiB         the same program with another option"
+    )]
+    Upgrade(UpgradeArgs),
+    /// Show what happened to the processes of a mount: replaced after a crash or a hang, upgraded.
+    History(HistoryArgs),
     /// Forget what is remembered of a path in a mount and below: the next look asks the origin, before the ttl is over.
     Refresh(RefreshArgs),
     /// Show which files of a mount have changes that the store has not, and why.
@@ -47,7 +56,7 @@ enum Command {
 }
 
 /// Arguments of `efc-fuse mount`.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(long_about = "Mount SOURCE at MOUNTPOINT, read-only or with -o rw read-write.\n\nSOURCE is oss://bucket/prefix, s3://bucket/prefix, \
 nfs://host[:port]/export/path, file:///dir or, with -o master=, dataset://name.\n\nWithout -o master= a master and a worker of its \
 own start with the mount. The command returns 0 only when the mount answers.", after_long_help = mount_options_help())]
@@ -74,9 +83,6 @@ pub struct MountArgs {
     /// Serve Prometheus metrics on this address, for example 127.0.0.1:9568.
     #[arg(long, value_name = "ADDR")]
     pub http: Option<String>,
-    /// Take the mount over from the process that serves it now: applications see a short pause.
-    #[arg(long)]
-    pub takeover: bool,
     /// Ignored, for mount(8).
     #[arg(short = 'n', hide = true)]
     pub no_mtab: bool,
@@ -92,6 +98,16 @@ pub struct MountArgs {
     /// Report readiness to the parent on stdout.
     #[arg(long, hide = true)]
     pub daemon_child: bool,
+}
+
+impl MountArgs {
+    /// Begins to log as they say.
+    ///
+    /// # Errors
+    /// For a format or filter that is none, and a file that cannot be opened.
+    pub fn begin_log(&self) -> Result<()> {
+        log::install(&self.log_level, self.log_format.parse()?, self.log_file.as_deref())
+    }
 }
 
 #[derive(Debug, Args)]
@@ -117,6 +133,32 @@ pub struct StatsArgs {
     /// Refresh every so many seconds until Ctrl-C.
     #[arg(short, long, value_name = "SECONDS")]
     pub watch: Option<u64>,
+}
+
+/// Arguments of `efc-fuse upgrade`.
+#[derive(Debug, Args)]
+pub struct UpgradeArgs {
+    /// The mountpoint.
+    pub mountpoint: PathBuf,
+    /// The program that is to serve it (default: the one that does).
+    #[arg(long, value_name = "PATH")]
+    pub binary: Option<PathBuf>,
+    /// A mount option that takes the place of the mount's own; may be repeated.
+    #[arg(long = "option", value_name = "NAME=VALUE")]
+    pub options: Vec<String>,
+    /// Output: text or json.
+    #[arg(short, long, default_value = "text")]
+    pub output: String,
+}
+
+/// Arguments of `efc-fuse history`.
+#[derive(Debug, Args)]
+pub struct HistoryArgs {
+    /// The mountpoint.
+    pub mountpoint: PathBuf,
+    /// Output: text or json.
+    #[arg(short, long, default_value = "text")]
+    pub output: String,
 }
 
 /// Arguments of `efc-fuse refresh`.
@@ -195,6 +237,8 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Mount(a) => mount::mount(a),
         Command::Umount(a) => mount::umount(&a.mountpoint, a.lazy, a.force),
         Command::Stats(a) => stats::stats(&a),
+        Command::Upgrade(a) => upgrade::upgrade(&a),
+        Command::History(a) => upgrade::history(&a),
         Command::Refresh(a) => refresh::refresh(&a),
         Command::Dirty(a) => dirty::dirty(&a),
         Command::Doctor(a) => doctor::doctor(&a),

@@ -8,11 +8,12 @@ use crate::control::{self, Request};
 use crate::embedded::default_data_dir;
 use crate::holder::{self, Held};
 use crate::kernel::{self, Mount};
-use crate::options::MountOptions;
+use crate::options::{MountOptions, all_but};
 use crate::process;
+use crate::shared::Place;
+use crate::upgrade;
 use efc_common::error::Context as _;
-use efc_common::{Error, Kind, Result, log};
-use parking_lot::Mutex;
+use efc_common::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
@@ -51,17 +52,39 @@ pub fn mount(mut args: MountArgs) -> Result<()> {
     let who = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
     let options = MountOptions::parse(&args.options, who)?;
     process::parse_source(&args.source, &options)?;
+    if std::env::var_os(upgrade::PREFLIGHT).is_some() {
+        return process::preflight(&args, &options);
+    }
+    if let Some(done) = holder::run_again(&args) {
+        return done;
+    }
     let held = Held::inherited()?;
-    if !args.takeover && held.is_none() {
+    if held.is_none() {
         kernel::check(&args.mountpoint)?;
     }
     if let Some(held) = held {
         return serve_held(&args, options, held);
     }
+    if let Some(sub) = &options.subpath {
+        return bind(&args, &options, sub);
+    }
     if args.foreground || args.daemon_child {
         return foreground(&args, options);
     }
     daemon(&args, &options)
+}
+
+/// A directory of a mount that others share, which is started if it is not there.
+fn bind(args: &MountArgs, options: &MountOptions, sub: &str) -> Result<()> {
+    if args.foreground {
+        let text =
+            "a mount with subpath= has no process of its own that could stay in the foreground: leave one of them out";
+        return Err(Error::new(Kind::Invalid, text));
+    }
+    let of_source = MountArgs { options: all_but(&args.options, "subpath"), ..args.clone() };
+    Place::of(&args.source, &of_source.options).bind(sub, &args.mountpoint, |mountpoint| {
+        daemon(&MountArgs { mountpoint: mountpoint.into(), ..of_source }, options)
+    })
 }
 
 fn foreground(args: &MountArgs, options: MountOptions) -> Result<()> {
@@ -73,8 +96,8 @@ fn foreground(args: &MountArgs, options: MountOptions) -> Result<()> {
             println!("mounted");
         }
     };
-    let done = if options.failover && !options.read_write {
-        log::install(&args.log_level, args.log_format.parse()?, args.log_file.as_deref())?;
+    let done = if options.failover {
+        args.begin_log()?;
         holder::run(args, ready)
     } else {
         process::run(args, options, None, ready)
@@ -87,15 +110,15 @@ fn foreground(args: &MountArgs, options: MountOptions) -> Result<()> {
 
 /// The mount process of a holder, which tells others how it went.
 fn serve_held(args: &MountArgs, options: MountOptions, held: Held) -> Result<()> {
-    held.guard(!args.daemon_child)?;
-    let held = Arc::new(Mutex::new(held));
-    let ready = || held.lock().ready();
+    let held = Arc::new(held);
+    held.guard()?;
+    let ready = || held.ready();
     let done = process::run(args, options, Some(held.clone()), ready);
     let (code, text) = match &done {
         Ok(()) => (0, None),
         Err(e) => (super::exit_code(e), Some(e.to_string())),
     };
-    held.lock().bye(code, text);
+    held.bye(code, text);
     std::process::exit(i32::from(code));
 }
 
@@ -126,9 +149,6 @@ fn daemon(args: &MountArgs, options: &MountOptions) -> Result<()> {
     });
     if let Some(http) = &args.http {
         command.arg("--http").arg(http);
-    }
-    if args.takeover {
-        command.arg("--takeover");
     }
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
     // SAFETY: setsid is async-signal-safe and touches no memory; it fails only for a group leader, which a fresh child is not.

@@ -24,7 +24,7 @@ pub fn refresh(args: &RefreshArgs) -> Result<()> {
 
 /// The EFC mount that `path` lies in, and the path below it. Only texts are compared: a mount that does not answer is not touched.
 fn mount_of(path: &Path) -> Result<(PathBuf, String)> {
-    let found = path.ancestors().find(|p| control::socket_path(p).exists());
+    let found = path.ancestors().find(|p| control::is_mount(p));
     let mountpoint = found
         .ok_or_else(|| Error::new(Kind::NotFound, format!("{} is in no EFC mount of this machine", path.display())))?;
     let below = path.strip_prefix(mountpoint).unwrap_or(Path::new(""));

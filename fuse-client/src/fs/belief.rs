@@ -247,6 +247,11 @@ impl Shared {
         if self.beliefs.is_some() && inode.now().fresh_until <= Instant::now() {
             return None;
         }
+        self.held(inode)
+    }
+
+    /// The lease of a node, if it is held.
+    pub(super) fn held(&self, inode: &Inode) -> Option<Permit> {
         self.quick(|b| Ok(b.own(&self.parts.namespace, inode)?.want(Mode::Shared)))
     }
 

@@ -24,11 +24,8 @@ pub(super) async fn interrupted(thread: u32) {
 }
 
 fn has_signal(thread: u32) -> bool {
-    let Ok(status) = std::fs::read_to_string(format!("/proc/{thread}/status")) else { return true };
-    let mask = |name: &str| {
-        let line = status.lines().find_map(|l| l.strip_prefix(name));
-        line.and_then(|l| u64::from_str_radix(l.trim(), 16).ok()).unwrap_or(0)
-    };
+    let Some(status) = status_of(thread) else { return true };
+    let mask = |name| field(&status, name).and_then(|mask| u64::from_str_radix(mask, 16).ok()).unwrap_or(0);
     (mask("SigPnd:") | mask("ShdPnd:")) & !mask("SigBlk:") != 0
 }
 
@@ -38,8 +35,15 @@ pub(super) fn are_strangers(one: u32, other: u32) -> bool {
 }
 
 fn process_of(thread: u32) -> Option<u32> {
-    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
-    status.lines().find_map(|l| l.strip_prefix("Tgid:"))?.trim().parse().ok()
+    field(&status_of(thread)?, "Tgid:")?.parse().ok()
+}
+
+fn status_of(thread: u32) -> Option<String> {
+    std::fs::read_to_string(format!("/proc/{thread}/status")).ok()
+}
+
+fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
+    status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim)
 }
 
 #[cfg(test)]

@@ -3,13 +3,15 @@
 
 use super::Shared;
 use super::belief::{Beliefs, Permit};
+use super::failover::Once;
 use super::open::{Opening, Parked};
 use crate::kernel::{AttrOut, CreateOut, EntryOut, SetAttr, SetTime};
 use crate::namespace::Inode;
 use bytes::Bytes;
-use efc_backend::tree::{Change, New, NewNode, RenameMode, SetTime as OriginTime};
+use efc_backend::tree::{Change, DynTree, New, NewNode, RenameMode, SetTime as OriginTime};
 use efc_common::node::{FileKind, Node};
 use efc_common::{Error, Kind, Result};
+use efc_proto::state::attempt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,12 +42,12 @@ impl Shared {
     }
 
     /// MKNOD, MKDIR, SYMLINK.
-    pub(super) async fn make(&self, at: At, new: NewNode) -> Result<(EntryOut, Permit)> {
-        let tree = self.tree()?;
+    pub(super) async fn make(&self, at: At, new: NewNode, once: Once) -> Result<(EntryOut, Permit)> {
         let permit = self.to_make(&at).await?;
-        if self.asks_first() && self.is_taken(&at, &permit).await? {
+        if !once.is_in_doubt() && self.asks_first() && self.is_taken(&at, &permit).await? {
             return Err(taken());
         }
+        let tree = once.begin(self, None)?;
         let made = permit.within(tree.create(&at.dir.locator(), &at.name, &new)).await;
         self.touched(&at.dir);
         let mut node = made?;
@@ -68,16 +70,19 @@ impl Shared {
     }
 
     /// CREATE: makes the file or, unless it must be new, opens the one that is there.
-    pub(super) async fn create(&self, at: At, new: NewNode, how: Opening) -> Result<(CreateOut, Permit)> {
-        let tree = self.tree()?;
+    pub(super) async fn create(&self, at: At, new: NewNode, how: Opening, once: Once) -> Result<(CreateOut, Permit)> {
         let permit = self.to_change_name(&at).await?;
-        let made = match self.asks_first() && self.is_taken(&at, &permit).await? {
+        let must_be_new = how.flags & libc::O_EXCL != 0;
+        let sure = !(once.is_in_doubt() && must_be_new);
+        let is_taken = sure && self.asks_first() && self.is_taken(&at, &permit).await?;
+        let tree = once.begin(self, None)?;
+        let made = match is_taken {
             true => Err(taken()),
             false => permit.within(tree.create(&at.dir.locator(), &at.name, &new)).await,
         };
         self.touched(&at.dir);
         let mut node = match made {
-            Err(e) if e.is(Kind::AlreadyExists) && how.flags & libc::O_EXCL == 0 => {
+            Err(e) if e.is(Kind::AlreadyExists) && !must_be_new => {
                 let mut node = self.parts.source.lookup(&at.dir.locator(), &at.name).await?;
                 if node.attr.kind == FileKind::File && how.flags & libc::O_TRUNC != 0 {
                     let cut = Change { size: Some(0), ..Change::default() };
@@ -110,7 +115,7 @@ impl Shared {
     }
 
     /// LINK.
-    pub(super) async fn link(&self, inode: &Arc<Inode>, at: At) -> Result<(EntryOut, Permit)> {
+    pub(super) async fn link(&self, inode: &Arc<Inode>, at: At, once: Once) -> Result<(EntryOut, Permit)> {
         let needs = |b: &Beliefs| {
             let mut wants = self.change_node(b, inode)?;
             wants.push(self.change_names(b, &at.dir)?);
@@ -119,7 +124,7 @@ impl Shared {
         let permit = self.permit(std::slice::from_ref(inode), &needs).await?;
         let change = inode.begin();
         let (file, dir) = (inode.locator(), at.dir.locator());
-        let linked = permit.within(self.tree()?.link(&file, &dir, &at.name)).await;
+        let linked = permit.within(once.begin(self, None)?.link(&file, &dir, &at.name)).await;
         self.touched(&at.dir);
         let node = linked?;
         change.finish(node.clone(), permit.belief.ttl);
@@ -159,20 +164,29 @@ impl Shared {
     }
 
     /// UNLINK and RMDIR.
-    pub(super) async fn remove(&self, at: At, directory: bool) -> Result<((), Permit)> {
-        let tree = self.tree()?;
+    pub(super) async fn remove(&self, at: At, directory: bool, once: Once) -> Result<((), Permit)> {
         let permit = self.to_change_name(&at).await?;
-        if self.asks_first() && !self.is_taken(&at, &permit).await? {
+        if !once.is_in_doubt() && self.asks_first() && !self.is_taken(&at, &permit).await? {
             return Err(Error::new(Kind::NotFound, "there is nothing of this name any more"));
         }
         let known = self.parts.namespace.child(&at.dir, &at.name);
-        let open = known.as_ref().filter(|i| !directory && !tree.keeps_removed() && self.files.is_open(i.id));
+        let open = known.as_ref().filter(|i| !directory && self.files.is_open(i.id));
+        if let Some(inode) = open {
+            self.keep_file(inode.id);
+        }
+        let tree = once.begin(self, None)?;
         let removed = match open {
-            Some(inode) if inode.attr().nlink < 2 => permit.within(self.park(&at, inode)).await,
+            Some(inode) if !tree.keeps_removed() && inode.attr().nlink < 2 => {
+                self.park(&tree, &permit, &at, inode).await
+            }
             _ => permit.within(tree.remove(&at.dir.locator(), &at.name, directory)).await,
         };
         self.touched(&at.dir);
-        removed?;
+        match removed {
+            // Put aside by the predecessor.
+            Err(e) if e.is(Kind::NotFound) && once.is_in_doubt() => {}
+            other => other?,
+        }
         let gone = self.parts.namespace.removed(&at.dir, &at.name, |dir, name| tree.child(dir, name));
         if let Some(inode) = gone {
             // Its link count and change time are others now, and so may be what it is leased by.
@@ -182,35 +196,57 @@ impl Shared {
     }
 
     /// Removes a file that is open by giving it a hidden name, which goes with the last handle.
-    async fn park(&self, at: &At, inode: &Arc<Inode>) -> Result<()> {
-        let tree = self.tree()?;
+    async fn park(&self, tree: &DynTree, permit: &Permit, at: &At, inode: &Arc<Inode>) -> Result<()> {
         let dir = at.dir.locator();
-        let name = parked_name(inode.id);
-        let node = tree.rename((&dir, &at.name), (&dir, &name), RenameMode::NoReplace).await?;
-        let mut gone = node.clone();
-        gone.attr.nlink = 0;
-        inode.begin().finish(gone, self.parts.ttl);
-        if !self.files.park(inode.id, Parked { dir: dir.clone(), name: name.clone() }) {
-            tree.remove(&dir, &name, false).await?;
+        let parked = self.will_park(inode, &dir);
+        let moved = tree.rename((&dir, &at.name), (&dir, &parked.name), RenameMode::NoReplace);
+        let moved = permit.within(moved).await;
+        let removed = self.parked(tree, inode, &parked, moved.is_ok()).await;
+        inode.begin().finish(moved?, self.parts.ttl);
+        removed
+    }
+
+    /// An open file is about to be put aside in `dir`; [`Shared::parked`] ends it.
+    fn will_park(&self, inode: &Inode, dir: &Bytes) -> Parked {
+        let parked = Parked { dir: dir.clone(), name: parked_name(inode.id) };
+        self.files.will_park(inode.id, &parked);
+        self.write_down();
+        parked
+    }
+
+    /// It lies there, or may. If it was closed meanwhile it is removed at once.
+    async fn parked(&self, tree: &DynTree, inode: &Inode, parked: &Parked, is_there: bool) -> Result<()> {
+        if self.files.park(inode.id, parked, is_there) {
+            return Ok(());
         }
-        Ok(())
+        let removed = remove_parked(tree, parked).await;
+        self.files.cleared(inode.id);
+        removed
     }
 
     /// RENAME.
-    pub(super) async fn rename(&self, from: At, to: At, flags: u32) -> Result<((), Permit)> {
+    pub(super) async fn rename(&self, from: At, to: At, flags: u32, once: Once) -> Result<((), Permit)> {
         let mode = match flags {
             0 => RenameMode::Replace,
             libc::RENAME_NOREPLACE => RenameMode::NoReplace,
             libc::RENAME_EXCHANGE => RenameMode::Exchange,
             _ => return Err(Error::new(Kind::Invalid, "this way of renaming is not offered")),
         };
-        let tree = self.tree()?;
         let permit = self.to_rename(&from, &to).await?;
+        if self.was_renamed(&once) {
+            self.touched(&from.dir);
+            self.touched(&to.dir);
+            return Ok(((), permit));
+        }
         let (from_dir, to_dir) = (from.dir.locator(), to.dir.locator());
         let target = self.parts.namespace.child(&to.dir, &to.name);
+        if let Some(t) = target.as_ref().filter(|_| mode == RenameMode::Replace) {
+            self.keep_file(t.id);
+        }
+        let tree = self.begin_rename(&once, (&from, &to), mode)?;
         let kept = match &target {
             Some(t) if mode == RenameMode::Replace && !tree.keeps_removed() && self.files.is_open(t.id) => {
-                permit.within(self.keep_replaced(t, &to_dir)).await?
+                self.keep_replaced(&tree, &permit, t, &to_dir).await?
             }
             _ => None,
         };
@@ -219,14 +255,13 @@ impl Shared {
         self.touched(&to.dir);
         let node = match (renamed, kept, &target) {
             (Ok(node), Some(parked), Some(t)) => {
-                if !self.files.park(t.id, parked.clone()) {
-                    tree.remove(&parked.dir, &parked.name, false).await?;
-                }
+                self.parked(&tree, t, &parked, true).await?;
                 node
             }
-            (Err(e), Some(parked), _) => {
-                // The second name is not needed; that it may stay behind is the lesser evil.
-                let _ = tree.remove(&parked.dir, &parked.name, false).await;
+            (Err(e), Some(parked), Some(t)) => {
+                // The second name is not needed; that it may stay until the file is closed is the lesser evil.
+                let _ = remove_parked(&tree, &parked).await;
+                let _ = self.parked(&tree, t, &parked, false).await;
                 return Err(e);
             }
             (outcome, ..) => outcome?,
@@ -247,23 +282,43 @@ impl Shared {
         Ok(((), permit))
     }
 
+    /// A rename is about to be made. The predecessor's attempt was not made when this process began ([`Shared::was_renamed`]), but may have been since.
+    fn begin_rename(&self, once: &Once, (from, to): (&At, &At), mode: RenameMode) -> Result<DynTree> {
+        let moved = self.parts.namespace.child(&from.dir, &from.name);
+        let what = attempt::Rename {
+            from: from.dir.id,
+            name: from.name.clone(),
+            to: to.dir.id,
+            new_name: to.name.clone(),
+            fileid: moved.map_or(0, |i| i.attr().fileid),
+            exchange: mode == RenameMode::Exchange,
+        };
+        once.begin(self, Some(attempt::What::Rename(what)))
+    }
+
     /// Gives an open file that a rename is going to replace a second, hidden name.
-    async fn keep_replaced(&self, target: &Arc<Inode>, dir: &Bytes) -> Result<Option<Parked>> {
-        let name = parked_name(target.id);
-        match self.tree()?.link(&target.locator(), dir, &name).await {
-            Ok(_) => Ok(Some(Parked { dir: dir.clone(), name })),
+    async fn keep_replaced(
+        &self,
+        tree: &DynTree,
+        permit: &Permit,
+        target: &Arc<Inode>,
+        dir: &Bytes,
+    ) -> Result<Option<Parked>> {
+        let parked = self.will_park(target, dir);
+        let Err(e) = permit.within(tree.link(&target.locator(), dir, &parked.name)).await else {
+            return Ok(Some(parked));
+        };
+        // In case it was made nevertheless.
+        let _ = self.parked(tree, target, &parked, false).await;
+        match e.kind() {
             // Directories have no second name, and what was removed elsewhere needs none.
-            Err(e)
-                if matches!(e.kind(), Kind::NotPermitted | Kind::IsADirectory | Kind::NotFound | Kind::Unsupported) =>
-            {
-                Ok(None)
-            }
-            Err(e) => Err(e),
+            Kind::NotPermitted | Kind::IsADirectory | Kind::NotFound | Kind::Unsupported => Ok(None),
+            _ => Err(e),
         }
     }
 
     /// SETATTR.
-    pub(super) async fn set_attr(&self, inode: &Arc<Inode>, set: SetAttr) -> Result<(AttrOut, Permit)> {
+    pub(super) async fn set_attr(&self, inode: &Arc<Inode>, set: SetAttr, once: Once) -> Result<(AttrOut, Permit)> {
         let change = Change {
             mode: set.mode.map(|m| m & 0o7777),
             uid: set.uid,
@@ -276,10 +331,12 @@ impl Shared {
             return self.getattr(inode).await;
         }
         let permit = self.to_change(inode).await?;
+        let _alone = if change.size.is_some() { self.alone(inode).await } else { None };
+        let tree = once.begin(self, None)?;
         let guard = inode.begin();
         let node = match self.files.direct(inode) {
             Some(file) if file_can(&change) || inode.is_nameless() => permit.within(file.set_attr(&change)).await?,
-            _ => permit.within(self.tree()?.set_attr(&inode.locator(), &change)).await?,
+            _ => permit.within(tree.set_attr(&inode.locator(), &change)).await?,
         };
         guard.finish(node, permit.belief.ttl);
         Ok((self.attr_out(inode, &permit), permit))
@@ -293,6 +350,14 @@ fn taken() -> Error {
 /// Changes of the content go through the open file, so that they keep their order with its writes.
 fn file_can(change: &Change) -> bool {
     change.size.is_some() || change.mtime.is_some()
+}
+
+/// Removes what was put aside. Who closes the file at that moment may have done so already.
+pub(super) async fn remove_parked(tree: &DynTree, parked: &Parked) -> Result<()> {
+    match tree.remove(&parked.dir, &parked.name, false).await {
+        Err(e) if e.is(Kind::NotFound) => Ok(()),
+        other => other,
+    }
 }
 
 fn parked_name(id: u64) -> Bytes {

@@ -2,21 +2,26 @@
 
 use super::belief::Permit;
 use super::callers::are_strangers;
+use super::change::remove_parked;
+use super::failover::Once;
 use super::{Shared, errno_of, log};
 use crate::fs::open::{Handle, Opening};
 use crate::kernel::{Errno, Notification, OpenOut, open_flags};
 use crate::namespace::change::Update;
 use crate::namespace::{Belief, Inode};
 use crate::read::stream::Plan;
+use crate::write::is_draft;
 use bytes::Bytes;
 use efc_backend::tree::{Allocate, DynTree, OpenFile};
 use efc_common::lease::Mode;
 use efc_common::node::{FileKind, Node};
 use efc_common::{Error, Kind, Result};
+use efc_proto::state::attempt;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
+use tokio::sync::RwLockWriteGuard;
 use tracing::{debug, warn};
 
 /// Longer than the tick of any file system's clock that we know (NFS servers on Linux: 1 to 10 ms), with room for scheduling.
@@ -60,7 +65,7 @@ impl Shared {
     async fn refresh_once(&self, inode: &Arc<Inode>, belief: Belief) -> Result<Update> {
         let seen = belief.seen();
         let placed = if self.is_unplaced(inode) { self.place(inode, belief).await? } else { None };
-        let mut node = match (placed, self.files.direct(inode)) {
+        let node = match (placed, self.files.direct(inode)) {
             (_, Some(file)) => file.attr().await?,
             (Some(node), None) => node,
             (None, None) => match self.parts.source.getattr(&inode.locator()).await {
@@ -76,9 +81,6 @@ impl Shared {
                 other => other?,
             },
         };
-        if self.files.is_parked(inode.id) {
-            node.attr.nlink = 0;
-        }
         Ok(self.parts.namespace.refresh(inode, &node, seen))
     }
 
@@ -89,7 +91,7 @@ impl Shared {
             Ok(node) if inode.is_file(&node) => Some(node),
             Ok(node) if self.parts.source.path_locators() && inode.has_number(&node) => {
                 // Known by the path of another of its names, which is gone.
-                inode.relocate(node.locator.clone());
+                self.parts.namespace.relocate(inode, node.locator.clone());
                 Some(node)
             }
             Ok(_) => None,
@@ -187,8 +189,14 @@ impl Shared {
 
     /// Enters an open file and says how the kernel is to treat it.
     pub(super) fn opened(&self, inode: &Arc<Inode>, how: Opening, file: Arc<dyn OpenFile>) -> OpenOut {
-        let fh = self.next_handle.fetch_add(1, Ordering::Relaxed);
-        self.files.enter(fh, inode.clone(), how, file);
+        let (fh, how) = match self.files.opened_by(how.unique) {
+            Some(handle) if handle.inode.id == inode.id => (handle.fh, handle.opening),
+            _ => {
+                let fh = self.next_handle.fetch_add(1, Ordering::Relaxed);
+                self.files.enter(fh, inode.clone(), how, file);
+                (fh, how)
+            }
+        };
         let mut out = 0;
         let pages_old = inode.pages_old.swap(false, Ordering::AcqRel);
         if how.direct {
@@ -231,6 +239,10 @@ impl Shared {
             return Ok(vec![file.read(range).await?]);
         }
         for _ in 0..VERSIONS_MAX {
+            if self.has_drafts() && is_draft(&inode.now().version) {
+                // It was committed since, behind its writer or by a predecessor: that version only this mount knew.
+                self.refresh(inode, belief).await?;
+            }
             let end = range.end.min(inode.size());
             if range.start >= end {
                 return Ok(Vec::new());
@@ -276,23 +288,49 @@ impl Shared {
         }
     }
 
+    /// Taken by who changes content, for as long as the origin may have the change and the node not yet its new attributes: who reads past the kernel's pages, also by a
+    /// descriptor opened in the middle, sees both or none.
+    pub(super) async fn alone<'a>(&self, inode: &'a Inode) -> Option<RwLockWriteGuard<'a, ()>> {
+        if self.beliefs.is_some() { Some(inode.content.write().await) } else { None }
+    }
+
     /// WRITE. Bytes written: all of them.
-    pub(super) async fn write(&self, handle: &Handle, offset: u64, data: Bytes, belief: Belief) -> Result<u32> {
+    pub(super) async fn write(
+        &self,
+        handle: &Handle,
+        offset: u64,
+        data: Bytes,
+        belief: Belief,
+        once: &Once,
+    ) -> Result<u32> {
         if !handle.writes() {
             return Err(Error::new(Kind::Invalid, "the file is not open for writing"));
         }
         let len = data.len() as u32;
         let inode = &handle.inode;
+        if handle.appends() {
+            self.appends_in_turn(once, inode.id).await;
+        }
         let _only_one = if handle.appends() { Some(handle.append.lock().await) } else { None };
-        let _alone = if self.files.is_read_directly(inode.id) { Some(inode.content.write().await) } else { None };
+        let _alone = self.alone(inode).await;
         if !handle.appends() {
             let change = inode.begin();
             change.finish(handle.file.write(offset, data).await?, belief.ttl);
             return Ok(len);
         }
         let change = inode.begin();
-        let end = handle.file.attr().await?.attr.size;
+        let mut end = handle.file.attr().await?.attr.size;
+        if let Some(at) = once.appended_at()
+            && is_ours(&*handle.file, at, &data, end).await?
+        {
+            end = at;
+        }
+        once.begin(
+            self,
+            Some(attempt::What::Append(attempt::Append { node: inode.id, offset: end, length: len.into() })),
+        )?;
         change.finish(handle.file.write(end, data).await?, belief.ttl);
+        self.appended(once);
         if end != offset {
             // The kernel took the bytes for those of another place.
             self.tell(Notification::InvalidateInode { node: inode.id, offset: offset.min(end) as i64, length: 0 });
@@ -312,9 +350,13 @@ impl Shared {
     }
 
     /// To bring what was written to the origin: of drafts that is a change like any other. It needs no end with its lease ([`Permit::within`]): it is conditional on the
-    /// version it was made of.
+    /// version it was made of. Else it needs no lease; but only under one what it shows may be believed.
     async fn to_commit(&self, handle: &Handle) -> Result<Permit> {
-        if self.has_drafts() && !handle.file.is_clean() { self.to_change(&handle.inode).await } else { Ok(self.all()) }
+        let inode = &handle.inode;
+        if self.has_drafts() && !handle.file.is_clean() {
+            return self.to_change(inode).await;
+        }
+        Ok(self.held(inode).unwrap_or_else(Permit::none))
     }
 
     /// FLUSH: thread `by` closed a descriptor. Of a file that becomes an object when it is closed, a copy of the descriptor in another process than the opener's does not count as long as
@@ -348,13 +390,20 @@ impl Shared {
             // Written through a mapping after the last close: there is nobody left to tell.
             log("release", &handle.inode, &e);
         }
-        let (handle, parked) = self.files.leave(fh);
-        let (Some(handle), Some(parked), Ok(tree)) = (handle, parked, self.tree()) else { return };
-        match tree.remove(&parked.dir, &parked.name, false).await {
-            Ok(()) => {}
-            Err(e) if e.is(Kind::NotFound) => {}
-            Err(e) => log("release", &handle.inode, &e),
+        let (handle, left) = self.files.leave(fh);
+        let (Some(handle), Ok(tree)) = (handle, self.tree()) else { return };
+        for parked in &left.parked {
+            if let Err(e) = remove_parked(tree, parked).await {
+                log("release", &handle.inode, &e);
+            }
         }
+        if !left.parked.is_empty() {
+            self.files.cleared(handle.inode.id);
+        }
+        if let Some(node) = left.kept {
+            self.drop_file(node);
+        }
+        self.write_down();
     }
 
     /// FALLOCATE.
@@ -371,6 +420,7 @@ impl Shared {
             ZERO_KEEP => Allocate::Zero { keep_size: true },
             _ => return Err(Error::new(Kind::Unsupported, "this way of changing a range is not offered")),
         };
+        let _alone = self.alone(&handle.inode).await;
         let change = handle.inode.begin();
         change.finish(handle.file.allocate(range, how).await?, belief.ttl);
         Ok(())
@@ -385,6 +435,7 @@ impl Shared {
         belief: Belief,
     ) -> Result<u32> {
         let length = length.min(COPY_BYTES_MAX);
+        let _alone = self.alone(&to.0.inode).await;
         let change = to.0.inode.begin();
         let range = from.1..from.1 + length;
         let (copied, node) = to.0.file.copy(&*from.0.file, range, to.1).await?;
@@ -401,6 +452,15 @@ impl Shared {
             Err(e) => Err(errno_of(&e)),
         }
     }
+}
+
+/// Is what a file of `end` bytes has from `at` on nothing, or the beginning of `data`? Then who was appending there, and died, did so or did not; nobody else did.
+async fn is_ours(file: &dyn OpenFile, at: u64, data: &Bytes, end: u64) -> Result<bool> {
+    if end <= at {
+        return Ok(end == at);
+    }
+    let there = file.read(at..end.min(at + data.len() as u64)).await?;
+    Ok(data.starts_with(&there))
 }
 
 /// SEEK_DATA and SEEK_HOLE of a file that is one run of data.

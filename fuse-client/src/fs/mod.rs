@@ -10,6 +10,7 @@ mod callers;
 pub mod change;
 pub mod directory;
 pub mod errno;
+pub mod failover;
 mod io;
 mod locks;
 pub mod open;
@@ -17,8 +18,11 @@ mod recall;
 pub mod refresh;
 mod requests;
 
-use crate::kernel::{Answer, AttrOut, DirReply, EntryOut, Errno, NodeAttr, Notification, OpenOut, Reply, Session};
+use crate::kernel::{
+    Answer, AttrOut, Caller, DirReply, EntryOut, Errno, NodeAttr, Notification, OpenOut, Reply, Session,
+};
 use crate::lease::{self, Leases};
+use crate::lock::LocksLeft;
 use crate::namespace::listing::Listing;
 use crate::namespace::{Inode, Namespace, ROOT_ID, Seen};
 use crate::read::Reader;
@@ -31,10 +35,12 @@ use directory::{Directories, Found};
 use efc_backend::tree::DynTree;
 use efc_client::lease::Who;
 use efc_client::master::MasterClient;
+use efc_common::id::{Incarnation, SessionId};
 use efc_common::lease::Mode;
 use efc_common::node::{Attr, FileKind, Node};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
+use failover::{Begun, Failover, Once};
 use futures::TryFutureExt;
 use locks::Had;
 use open::OpenFiles;
@@ -44,8 +50,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Waker};
-use std::time::{Duration, Instant};
-use tracing::{debug, error, info, warn};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tracing::{debug, info, warn};
 
 /// A file's attributes never change under its node, so the kernel may keep them as long as it likes.
 const FILE_ATTR_TTL: Duration = Duration::from_secs(30 * 86400);
@@ -54,7 +60,7 @@ const LAST_PATIENCE: Duration = Duration::from_secs(120);
 const LAST_PAUSE: Duration = Duration::from_secs(2);
 /// Preferred I/O size told to applications, bytes.
 const IO_BYTES: u32 = 1 << 20;
-/// Positions of a directory: `.`, `..`, then the entries by index.
+/// Positions of a directory: `.`, `..`, then the entries ([`Listing::after`]).
 const DOTS: u64 = 2;
 
 /// What a mount is made of.
@@ -77,6 +83,8 @@ pub struct Parts {
     pub tasks: TaskGroup,
     /// Leases decide what is believed, by these masters; `None`: the `ttl` alone does.
     pub strict: Option<Strict>,
+    /// Another process goes on with the mount if this one dies; `None`: nobody does.
+    pub failover: Option<Failover>,
 }
 
 /// What leases need.
@@ -89,6 +97,10 @@ pub struct Strict {
     pub bucket: Option<String>,
     /// How long an operation waits for a lease before it fails.
     pub deadline: Duration,
+    /// The last life of the predecessor's session.
+    pub last: Option<(SessionId, Incarnation)>,
+    /// Locks that it had.
+    pub locks: Vec<LocksLeft>,
 }
 
 /// The file system of one mount.
@@ -104,6 +116,7 @@ struct Shared {
     open_dirs: Mutex<HashMap<u64, Arc<Listing>>>,
     files: OpenFiles,
     next_handle: AtomicU64,
+    begun: Begun,
     beliefs: Option<Beliefs>,
 }
 
@@ -115,16 +128,17 @@ impl EfcFs {
             beliefs: strict.map(|s| {
                 let _entered = runtime.enter();
                 let holder = Arc::new(FsHolder::new(shared.clone()));
-                let leases = Leases::start(s.master, s.who, lease::Config::default(), holder, &parts.tasks);
+                let succession = parts.failover.as_ref().map(|f| f.succession(s.last, s.locks));
+                let leases = Leases::start(s.master, s.who, lease::Config::default(), holder, &parts.tasks, succession);
                 Beliefs::new(leases, parts.source.id(), s.bucket, parts.source.path_locators(), s.deadline)
             }),
+            files: OpenFiles::new(parts.failover.as_ref().map(|f| f.journal.clone())),
             parts,
             runtime,
             session: OnceLock::new(),
             open_dirs: Mutex::default(),
-            files: OpenFiles::default(),
-            // Handles of a predecessor's open directories are not ours; starting elsewhere keeps them apart.
-            next_handle: AtomicU64::new((std::process::id() as u64) << 32 | 1),
+            begun: Begun::default(),
+            next_handle: AtomicU64::new(first_handle()),
         });
         EfcFs { shared }
     }
@@ -161,6 +175,9 @@ impl EfcFs {
     pub fn set_session(&self, session: &Arc<Session>) {
         if self.shared.session.set(Arc::downgrade(session)).is_err() {
             warn!("a second session was offered and not taken");
+        }
+        if let Some(beliefs) = &self.shared.beliefs {
+            beliefs.leases.begin();
         }
     }
 
@@ -211,8 +228,9 @@ impl EfcFs {
             Err(e) => return reply.error(errno_of(&e)),
         };
         self.spawn(|s| async move {
-            match work(s, inode.clone()).await {
+            match work(s.clone(), inode.clone()).await {
                 Ok((answer, permit)) => {
+                    s.write_down();
                     reply.end(answer);
                     drop(permit);
                 }
@@ -239,6 +257,22 @@ impl EfcFs {
             return reply.error(Errno::EROFS);
         }
         self.answer(operation, node, reply, work);
+    }
+
+    /// The same, for what must not be done twice.
+    fn change_once<T, F>(
+        &self,
+        ctx: &Caller,
+        operation: &'static str,
+        node: u64,
+        reply: Reply<T>,
+        work: impl FnOnce(Arc<Shared>, Arc<Inode>, Once) -> F + Send + 'static,
+    ) where
+        T: Answer + Send + 'static,
+        F: Future<Output = Result<(T, Permit)>> + Send + 'static,
+    {
+        let once = self.once(ctx);
+        self.change(operation, node, reply, |s, inode| work(s, inode, once));
     }
 
     /// Answers what concerns the advisory locks of one node.
@@ -295,6 +329,8 @@ impl Shared {
 
     fn node_attr(&self, id: u64, attr: &Attr) -> NodeAttr {
         let own = &self.parts.ownership;
+        // What a removed file is called until it is closed is no name of it.
+        let is_parked = attr.kind == FileKind::File && self.parts.tree.is_some() && self.files.is_parked(id);
         NodeAttr {
             ino: id,
             size: attr.size,
@@ -303,7 +339,7 @@ impl Shared {
             mtime: attr.mtime,
             ctime: attr.ctime,
             mode: attr::type_bits(attr.kind) | own.permissions(attr),
-            nlink: attr.nlink,
+            nlink: if is_parked { 0 } else { attr.nlink },
             uid: own.uid(attr),
             gid: own.gid(attr),
             rdev: attr.rdev,
@@ -361,13 +397,10 @@ impl Shared {
         (self.node_attr(inode.id, &now.attr), ttl)
     }
 
+    /// The answer for a name; to be written down before it is sent.
     fn found(&self, permit: &Permit, dir: &Arc<Inode>, name: &Bytes, found: Found) -> EntryOut {
         match found.node {
-            Some(node) => {
-                let entry = self.entry(permit, dir, (name, &node), found.seen).1;
-                self.write_down();
-                entry
-            }
+            Some(node) => self.entry(permit, dir, (name, &node), found.seen).1,
             None => EntryOut { entry_ttl: self.name_ttl(found.seen), ..EntryOut::default() },
         }
     }
@@ -442,8 +475,7 @@ impl Shared {
                 return reply.finish();
             }
         }
-        let first = offset.saturating_sub(DOTS) as usize;
-        for (i, e) in listing.entries().iter().enumerate().skip(first) {
+        for (next, e) in listing.after(offset.saturating_sub(DOTS), self.parts.namespace.follows()) {
             if e.name.starts_with(PARKED_PREFIX) {
                 continue;
             }
@@ -460,17 +492,10 @@ impl Shared {
                     ..EntryOut::default()
                 },
             };
-            reply.add(&e.name, i as u64 + DOTS + 1, &entry);
+            reply.add(&e.name, next + DOTS, &entry);
         }
         self.write_down();
         reply.finish();
-    }
-
-    /// What the kernel is about to be told of nodes is kept for a successor.
-    fn write_down(&self) {
-        if let Err(e) = self.parts.namespace.commit() {
-            error!(error = %e, "nodes cannot be written down; after a crash of this process some would be stale");
-        }
     }
 
     /// The file is no longer what its node says: the kernel drops the name, so that the next open finds the new version.
@@ -493,6 +518,13 @@ fn type_hint(listed: &Node, whole: Option<&Node>) -> u32 {
         None if may_be_link => 0,
         None => attr::type_bits(listed.attr.kind),
     }
+}
+
+/// Handles of a predecessor are not given again, also those that were closed: their RELEASE may still come. Nobody opens a million files a second, so what counts from the time in
+/// microseconds is ahead of what was counted from an earlier one.
+fn first_handle() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(1)
 }
 
 /// How long until then.

@@ -7,7 +7,7 @@ use super::open::Opening;
 use super::{EfcFs, errno_of, log};
 use crate::kernel::{
     AttrOut, Caller, CreateOut, DirReply, EntryOut, Errno, FileSystem, LockOut, LockRange, LseekOut, Negotiated,
-    OpenOut, ReadReply, Reply, SetAttr, StatfsOut, WriteAt, WriteOut, XattrReply,
+    OpenOut, Outcomes, ReadReply, Reply, SetAttr, StatfsOut, WriteAt, WriteOut, XattrReply,
 };
 use crate::namespace::Inode;
 use crate::namespace::listing::Listing;
@@ -22,6 +22,10 @@ use std::sync::Arc;
 use tracing::info;
 
 impl FileSystem for EfcFs {
+    fn outcomes(&self) -> Option<Arc<Outcomes>> {
+        self.shared.parts.failover.as_ref().map(|f| f.outcomes.clone())
+    }
+
     fn init(&self, negotiated: &Negotiated) {
         info!(abi = ?negotiated.abi, adopted = negotiated.adopted, max_readahead = negotiated.max_readahead, "kernel session is up");
     }
@@ -36,7 +40,9 @@ impl FileSystem for EfcFs {
         if let Some(permit) = self.shared.quick_names(&dir)
             && let Some(found) = self.shared.parts.directories.find_cached(&dir, &name)
         {
-            return reply.ok(self.shared.found(&permit, &dir, &name, found));
+            let entry = self.shared.found(&permit, &dir, &name, found);
+            self.shared.write_down();
+            return reply.ok(entry);
         }
         self.answer("lookup", parent, reply, |s, dir| async move {
             let permit = s.names(&dir).await?;
@@ -62,9 +68,11 @@ impl FileSystem for EfcFs {
         self.answer("getattr", node, reply, |s, inode| async move { s.getattr(&inode).await });
     }
 
-    fn setattr(&self, _ctx: &Caller, node: u64, set: &SetAttr, reply: Reply<AttrOut>) {
+    fn setattr(&self, ctx: &Caller, node: u64, set: &SetAttr, reply: Reply<AttrOut>) {
         let set = *set;
-        self.change("setattr", node, reply, move |s, inode| async move { s.set_attr(&inode, set).await });
+        self.change_once(ctx, "setattr", node, reply, move |s, inode, once| async move {
+            s.set_attr(&inode, set, once).await
+        });
     }
 
     fn readlink(&self, _ctx: &Caller, node: u64, reply: Reply<Bytes>) {
@@ -79,37 +87,45 @@ impl FileSystem for EfcFs {
 
     fn mknod(&self, ctx: &Caller, parent: u64, name: &[u8], mode: u32, _umask: u32, rdev: u32, reply: Reply<EntryOut>) {
         let (name, uid, gid) = (Bytes::copy_from_slice(name), ctx.uid, ctx.gid);
-        self.change("mknod", parent, reply, move |s, dir| async move {
-            s.make(At { dir, name }, change::new_special(mode, rdev, uid, gid)?).await
+        self.change_once(ctx, "mknod", parent, reply, move |s, dir, once| async move {
+            s.make(At { dir, name }, change::new_special(mode, rdev, uid, gid)?, once).await
         });
     }
 
     fn mkdir(&self, ctx: &Caller, parent: u64, name: &[u8], mode: u32, _umask: u32, reply: Reply<EntryOut>) {
         let name = Bytes::copy_from_slice(name);
         let new = NewNode { what: New::Directory, mode: mode & 0o7777, uid: ctx.uid, gid: ctx.gid };
-        self.change("mkdir", parent, reply, |s, dir| async move { s.make(At { dir, name }, new).await });
+        self.change_once(ctx, "mkdir", parent, reply, |s, dir, once| async move {
+            s.make(At { dir, name }, new, once).await
+        });
     }
 
     fn symlink(&self, ctx: &Caller, parent: u64, name: &[u8], target: &[u8], reply: Reply<EntryOut>) {
         let name = Bytes::copy_from_slice(name);
         let what = New::Symlink(Bytes::copy_from_slice(target));
         let new = NewNode { what, mode: 0o777, uid: ctx.uid, gid: ctx.gid };
-        self.change("symlink", parent, reply, |s, dir| async move { s.make(At { dir, name }, new).await });
+        self.change_once(ctx, "symlink", parent, reply, |s, dir, once| async move {
+            s.make(At { dir, name }, new, once).await
+        });
     }
 
-    fn unlink(&self, _ctx: &Caller, parent: u64, name: &[u8], reply: Reply<()>) {
+    fn unlink(&self, ctx: &Caller, parent: u64, name: &[u8], reply: Reply<()>) {
         let name = Bytes::copy_from_slice(name);
-        self.change("unlink", parent, reply, |s, dir| async move { s.remove(At { dir, name }, false).await });
+        self.change_once(ctx, "unlink", parent, reply, |s, dir, once| async move {
+            s.remove(At { dir, name }, false, once).await
+        });
     }
 
-    fn rmdir(&self, _ctx: &Caller, parent: u64, name: &[u8], reply: Reply<()>) {
+    fn rmdir(&self, ctx: &Caller, parent: u64, name: &[u8], reply: Reply<()>) {
         let name = Bytes::copy_from_slice(name);
-        self.change("rmdir", parent, reply, |s, dir| async move { s.remove(At { dir, name }, true).await });
+        self.change_once(ctx, "rmdir", parent, reply, |s, dir, once| async move {
+            s.remove(At { dir, name }, true, once).await
+        });
     }
 
     fn rename(
         &self,
-        _ctx: &Caller,
+        ctx: &Caller,
         parent: u64,
         name: &[u8],
         new_parent: u64,
@@ -118,17 +134,17 @@ impl FileSystem for EfcFs {
         reply: Reply<()>,
     ) {
         let (name, new_name) = (Bytes::copy_from_slice(name), Bytes::copy_from_slice(new_name));
-        self.change("rename", parent, reply, move |s, dir| async move {
+        self.change_once(ctx, "rename", parent, reply, move |s, dir, once| async move {
             let to = At { dir: s.inode(new_parent)?, name: new_name };
-            s.rename(At { dir, name }, to, flags).await
+            s.rename(At { dir, name }, to, flags, once).await
         });
     }
 
-    fn link(&self, _ctx: &Caller, node: u64, new_parent: u64, new_name: &[u8], reply: Reply<EntryOut>) {
+    fn link(&self, ctx: &Caller, node: u64, new_parent: u64, new_name: &[u8], reply: Reply<EntryOut>) {
         let name = Bytes::copy_from_slice(new_name);
-        self.change("link", node, reply, move |s, inode| async move {
+        self.change_once(ctx, "link", node, reply, move |s, inode, once| async move {
             let at = At { dir: s.inode(new_parent)?, name };
-            s.link(&inode, at).await
+            s.link(&inode, at, once).await
         });
     }
 
@@ -144,8 +160,10 @@ impl FileSystem for EfcFs {
     ) {
         let name = Bytes::copy_from_slice(name);
         let new = NewNode { what: New::File, mode: mode & 0o7777, uid: ctx.uid, gid: ctx.gid };
-        let how = Opening { flags, by: ctx.pid, direct: false };
-        self.change("create", parent, reply, move |s, dir| async move { s.create(At { dir, name }, new, how).await });
+        let how = Opening { flags, by: ctx.pid, direct: false, unique: ctx.unique };
+        self.change_once(ctx, "create", parent, reply, move |s, dir, once| async move {
+            s.create(At { dir, name }, new, how, once).await
+        });
     }
 
     fn open(&self, ctx: &Caller, node: u64, flags: i32, reply: Reply<OpenOut>) {
@@ -153,7 +171,7 @@ impl FileSystem for EfcFs {
             // The kernel never asks again, and keeps the pages of a file between opens.
             return reply.error(Errno::ENOSYS);
         }
-        let how = Opening { flags, by: ctx.pid, direct: false };
+        let how = Opening { flags, by: ctx.pid, direct: false, unique: ctx.unique };
         self.answer("open", node, reply, move |s, inode| async move { s.open(&inode, how).await });
     }
 
@@ -189,12 +207,12 @@ impl FileSystem for EfcFs {
         });
     }
 
-    fn write(&self, _ctx: &Caller, node: u64, fh: u64, at: WriteAt, data: &[u8], reply: Reply<WriteOut>) {
+    fn write(&self, ctx: &Caller, node: u64, fh: u64, at: WriteAt, data: &[u8], reply: Reply<WriteOut>) {
         let data = Bytes::copy_from_slice(data);
-        self.change("write", node, reply, move |s, inode| async move {
+        self.change_once(ctx, "write", node, reply, move |s, inode, once| async move {
             let permit = if at.from_cache { s.written_back(&inode).await? } else { s.to_change(&inode).await? };
             let handle = s.files.get(fh)?;
-            let written = permit.within(s.write(&handle, at.offset, data, permit.belief)).await?;
+            let written = permit.within(s.write(&handle, at.offset, data, permit.belief, &once)).await?;
             Ok((WriteOut(written), permit))
         });
     }
@@ -330,21 +348,21 @@ impl FileSystem for EfcFs {
         });
     }
 
-    fn setxattr(&self, _ctx: &Caller, node: u64, name: &[u8], value: &[u8], flags: i32, reply: Reply<()>) {
+    fn setxattr(&self, ctx: &Caller, node: u64, name: &[u8], value: &[u8], flags: i32, reply: Reply<()>) {
         let (name, value) = (Bytes::copy_from_slice(name), Bytes::copy_from_slice(value));
-        self.change("setxattr", node, reply, move |s, inode| async move {
+        self.change_once(ctx, "setxattr", node, reply, move |s, inode, once| async move {
             let permit = s.to_change(&inode).await?;
-            let set = permit.within(s.tree()?.set_xattr(&inode.locator(), &name, &value, flags)).await;
+            let set = permit.within(once.begin(&s, None)?.set_xattr(&inode.locator(), &name, &value, flags)).await;
             inode.expire();
             set.map(|()| ((), permit))
         });
     }
 
-    fn removexattr(&self, _ctx: &Caller, node: u64, name: &[u8], reply: Reply<()>) {
+    fn removexattr(&self, ctx: &Caller, node: u64, name: &[u8], reply: Reply<()>) {
         let name = Bytes::copy_from_slice(name);
-        self.change("removexattr", node, reply, move |s, inode| async move {
+        self.change_once(ctx, "removexattr", node, reply, move |s, inode, once| async move {
             let permit = s.to_change(&inode).await?;
-            let removed = permit.within(s.tree()?.remove_xattr(&inode.locator(), &name)).await;
+            let removed = permit.within(once.begin(&s, None)?.remove_xattr(&inode.locator(), &name)).await;
             inode.expire();
             removed.map(|()| ((), permit))
         });

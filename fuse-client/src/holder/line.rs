@@ -1,9 +1,16 @@
 //! The line between a holder and its mount process: a SEQPACKET socket pair. A message is one packet of JSON, with an fd where something is kept that has one.
 //!
 //! ```text
-//! holder → mount   kept { items, failovers }, then a keep for each item
-//! mount → holder   keep { item, text } + fd    in place of what the item was before
+//! holder → mount   kept { items, failovers, events }, then a keep for each item
+//!                  event                       one more
+//!                  upgrade                     a signal asks for it
+//!                  leave                       end as soon as nothing is under way, and leave the mount to another process
+//! mount → holder   kept, then a keep for each item, then ready: to a holder that takes the place of another
+//!                  keep { item, text } + fd    in place of what the item was before
+//!                  drop { item }               it is not needed any more
 //!                  ready                       the mount answers
+//!                  upgrade { … }               start another program in my place
+//!                  left                        everything is written down
 //!                  bye { code, text }          the process ends because it was told to, or cannot go on
 //! ```
 
@@ -25,13 +32,51 @@ pub enum Item {
     Connection,
     /// What its INIT agreed on ([`crate::kernel::InitRecord`], as text).
     Init,
-    /// The journal of nodes ([`crate::namespace::journal`]).
+    /// The journal ([`crate::journal`]).
     Nodes,
+    /// Requests that must not be done twice ([`crate::kernel::Outcomes`]).
+    Outcomes,
+    /// The session with the masters, as text.
+    Session,
+    /// A file that is open without a name, of the node of this number, where the origin has no other way to it.
+    File(u64),
+    /// The memory in which drafts are staged.
+    Staging,
+    /// The file in which the draft of this number is staged.
+    Staged(u64),
 }
 
 impl Item {
-    /// Everything a successor needs.
-    pub const ALL: [Item; 3] = [Item::Connection, Item::Init, Item::Nodes];
+    /// Everything a successor needs at least.
+    pub const NEEDED: [Item; 3] = [Item::Connection, Item::Init, Item::Nodes];
+}
+
+/// What a holder remembers of its mount processes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// When, seconds since 1970.
+    pub at: u64,
+    /// `crash`, `hang`, `failed` (a process could not take over), `upgrade`, `upgrade_failed` (the program of before goes on), `holder` (that was replaced itself).
+    pub what: String,
+    /// The process that serves since then; 0: none yet.
+    pub pid: u32,
+    /// How long the mount was not served, milliseconds.
+    pub pause_ms: u64,
+    /// More.
+    pub text: String,
+    /// Number of the upgrade, if it was one.
+    pub upgrade: u64,
+}
+
+/// A program that is to serve the mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upgrade {
+    /// Number by which it is asked for.
+    pub id: u64,
+    /// Path of the program.
+    pub program: String,
+    /// Mount options (`name=value`) that come after those of before.
+    pub options: Vec<String>,
 }
 
 /// What is said.
@@ -45,13 +90,28 @@ pub enum Message {
         /// Its bytes, of what has no fd.
         text: String,
     },
+    /// This need not be kept any more.
+    Drop {
+        /// What.
+        item: Item,
+    },
     /// So many things were kept from the process before; they follow.
     Kept {
         /// How many.
         items: usize,
         /// How often a mount process was replaced, by reason.
         failovers: BTreeMap<String, u64>,
+        /// What happened so far.
+        events: Vec<Event>,
     },
+    /// This happened.
+    Event(Event),
+    /// Another program is to serve the mount.
+    Upgrade(Upgrade),
+    /// The process is to leave the mount to another.
+    Leave,
+    /// It has.
+    Left,
     /// The mount answers.
     Ready,
     /// The process ends by itself.

@@ -3,13 +3,17 @@
 //! It has one thread that waits (for messages, for the end of the mount process, for signals) and one that asks the mount something every second. It never opens a file on the mount,
 //! speaks to no network and starts no runtime: what can go wrong in it is little.
 
+mod held;
 pub mod line;
 mod watch;
 
+pub use held::{Held, Left, Wish};
+
 use crate::cli::MountArgs;
 use crate::kernel::Mount;
+use crate::shared::Users;
 use efc_common::{Error, Kind, Result};
-use line::{Item, Line, Message};
+use line::{Event, Item, Line, Message, Upgrade};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -17,18 +21,30 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, ExitStatus};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-use tracing::{error, info, warn};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tracing::{debug, error, info, warn};
 use watch::Watch;
 
-/// Tells a mount process the number of its end of the line.
+/// This program, whatever became of its file.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+/// A mount process that is to leave may take so long; then it is killed, which is as good.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(4);
+/// Another program may take so long to serve; then the one of before goes on. Less than the time of a lease: advisory locks are kept no longer.
+const TRIAL_DEADLINE: Duration = Duration::from_secs(4);
+/// So much is remembered.
+const EVENTS_MAX: usize = 50;
+/// Longest text of an event, characters.
+const EVENT_TEXT_MAX: usize = 300;
+/// Tells a holder which mount process it is to hold, that has lost its holder.
+const HELD_PID: &str = "EFC_HELD_PID";
+/// Tells a process the number of its end of the line.
 const LINE_FD: &str = "EFC_HOLDER_FD";
 /// How often the mount is looked at, milliseconds.
 const TICK_MS: u16 = 200;
-/// A mount that owes an answer for so long hangs.
-const HANG_AFTER: Duration = Duration::from_secs(7);
+/// A mount that owes an answer for so long hangs. Its session ends 10 s after a renewal, and one comes every few seconds: another process is to go on with it before.
+const HANG_AFTER: Duration = Duration::from_secs(4);
 /// A mount process may take so long to take the mount over; then it is replaced in its turn.
 const TAKEOVER_DEADLINE: Duration = Duration::from_secs(30);
 /// A mount process that ends sooner has not lived: perhaps what it died of is waiting for the next one.
@@ -39,105 +55,13 @@ const DEATHS_MAX: u32 = 10;
 const PAUSE: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// What a mount process has of its holder.
-#[derive(Debug)]
-pub struct Held {
-    line: Arc<Line>,
-    items: BTreeMap<Item, (String, Option<OwnedFd>)>,
-    /// How often a mount process was replaced, by reason.
-    pub failovers: BTreeMap<String, u64>,
-}
-
-/// What a predecessor left.
-#[derive(Debug)]
-pub struct Left {
-    /// The connection.
-    pub connection: OwnedFd,
-    /// Its INIT record.
-    pub init: String,
-    /// The journal of nodes.
-    pub nodes: std::fs::File,
-}
-
-impl Held {
-    /// The holder that started this process, if one did.
-    ///
-    /// # Errors
-    /// When it says something that is not understood.
-    pub fn inherited() -> Result<Option<Held>> {
-        let Some(fd) = std::env::var(LINE_FD).ok().and_then(|n| n.parse::<RawFd>().ok()) else { return Ok(None) };
-        // SAFETY: the holder left this fd open for us alone and told its number; it is taken once, before there are threads.
-        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
-            .map_err(std::io::Error::from)?;
-        let line = Line::new(socket);
-        let gone = || Error::new(Kind::Unavailable, "the holder of this mount process is gone");
-        let Some((Message::Kept { items: count, failovers }, _)) = line.receive()? else { return Err(gone()) };
-        let mut items = BTreeMap::new();
-        for _ in 0..count {
-            match line.receive()? {
-                Some((Message::Keep { item, text }, fd)) => items.insert(item, (text, fd)),
-                _ => return Err(gone()),
-            };
-        }
-        Ok(Some(Held { line: Arc::new(line), items, failovers }))
-    }
-
-    /// Without its holder a mount in the foreground ends, as whoever started it expects; another goes on and has nobody who would replace it.
-    ///
-    /// # Errors
-    /// When no thread can be had.
-    pub fn guard(&self, foreground: bool) -> Result<()> {
-        let line = self.line.clone();
-        let wait = move || {
-            while let Ok(Some(_)) = line.receive() {}
-            if foreground {
-                warn!("the holder of this mount is gone; unmounting");
-                // Cannot fail for the process itself.
-                let _ = nix::sys::signal::raise(Signal::SIGTERM);
-            } else {
-                error!("the holder of this mount is gone; if this process dies, nobody takes over");
-            }
-        };
-        std::thread::Builder::new().name("efc-held".into()).spawn(wait)?;
-        Ok(())
-    }
-
-    /// What a predecessor left, if it left all that is needed. To be asked once.
-    pub fn take(&mut self) -> Option<Left> {
-        let (_, connection) = self.items.remove(&Item::Connection)?;
-        let (init, _) = self.items.remove(&Item::Init)?;
-        let (_, nodes) = self.items.remove(&Item::Nodes)?;
-        Some(Left { connection: connection?, init, nodes: nodes?.into() })
-    }
-
-    /// Has the holder keep something for the next process.
-    ///
-    /// # Errors
-    /// [`Kind::Unavailable`] when it is gone.
-    pub fn keep(&self, item: Item, text: &str, fd: Option<std::os::fd::BorrowedFd<'_>>) -> Result<()> {
-        self.line.send(&Message::Keep { item, text: text.into() }, fd)
-    }
-
-    /// The mount answers.
-    pub fn ready(&self) {
-        if let Err(e) = self.line.send(&Message::Ready, None) {
-            warn!(error = %e, "nobody was told that the mount answers");
-        }
-    }
-
-    /// This process ends by itself.
-    pub fn bye(&self, code: u8, text: Option<String>) {
-        // Without a holder there is nobody who would start another.
-        let _ = self.line.send(&Message::Bye { code, text }, None);
-    }
-}
-
 /// How the life of a mount process ended.
 enum End {
     /// It said why.
     Bye(u8, Option<String>),
-    Died(ExitStatus),
+    /// It left the mount to another program.
+    Left,
+    Died(String),
 }
 
 /// Holds a mount: starts its process, and another when it dies. `ready` is called once, when the mount answers.
@@ -145,45 +69,22 @@ enum End {
 /// # Errors
 /// What the mount process said when it could not come up; or that it cannot be kept alive.
 pub fn run(args: &MountArgs, ready: impl FnOnce()) -> Result<()> {
-    let mut holder = Holder::new(args)?;
-    let mut ready = Some(ready);
-    loop {
-        let begun = Instant::now();
-        let mut served = false;
-        let end = holder.live(&mut || {
-            served = true;
-            if let Some(tell) = ready.take() {
-                tell();
-            }
-        })?;
-        let reason = match end {
-            End::Bye(0, _) => return Ok(()),
-            // It was told to end, and had not learnt to yet.
-            _ if holder.stopping => {
-                Mount::existing(&holder.mountpoint)?.unmount(true)?;
-                return Ok(());
-            }
-            // A successor may find the rest of its predecessor in its way.
-            End::Bye(code, text) if served || !holder.can_go_on() => return Err(said(code, text)),
-            End::Bye(_, text) => {
-                let text = text.unwrap_or_default();
-                warn!(error = text, "a mount process could not take over");
-                "failed"
-            }
-            End::Died(status) if !holder.can_go_on() => {
-                return Err(Error::new(
-                    Kind::Io,
-                    format!("the mount process ended before the mount answered ({status})"),
-                ));
-            }
-            End::Died(status) => {
-                let reason = if std::mem::take(&mut holder.hung) { "hang" } else { "crash" };
-                error!(%status, reason, lived_s = begun.elapsed().as_secs(), "the mount process is gone; another takes over");
-                reason
-            }
-        };
-        holder.count(reason, begun.elapsed() > LIFE_MIN)?;
-    }
+    Holder::new(args, None)?.run(ready)
+}
+
+/// Goes on holding the mount of a process whose holder is gone, if this process was started for that.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_again(args: &MountArgs) -> Option<Result<()>> {
+    let pid = std::env::var(HELD_PID).ok()?.parse().ok()?;
+    let again = || {
+        args.begin_log()?;
+        let line = inherited_line()?
+            .ok_or_else(|| Error::new(Kind::Invalid, "a holder without a line to its mount process"))?;
+        Holder::new(args, Some((pid, line)))?.run(|| {})
+    };
+    Some(again())
 }
 
 fn said(code: u8, text: Option<String>) -> Error {
@@ -199,47 +100,133 @@ fn said(code: u8, text: Option<String>) -> Error {
     Error::new(kind, text.unwrap_or_else(|| "the mount process ended with an error".into()))
 }
 
+/// What is kept: its text, and its fd if it has one.
+type Kept = BTreeMap<Item, (String, Option<OwnedFd>)>;
+
 struct Holder {
-    mountpoint: std::path::PathBuf,
-    kept: BTreeMap<Item, (String, Option<OwnedFd>)>,
+    mountpoint: PathBuf,
+    /// A mount process that is there already.
+    found: Option<(u32, Line)>,
+    /// What serves the mount.
+    program: PathBuf,
+    /// Options that upgrades gave.
+    options: Vec<String>,
+    /// What is to be tried next, or is being tried.
+    trial: Option<Upgrade>,
+    events: Vec<Event>,
+    /// Since when nobody serves.
+    idle_since: Option<Instant>,
+    /// The process that lives now has said that it serves.
+    is_ready: bool,
+    kept: Kept,
     signals: SignalFd,
     failovers: BTreeMap<String, u64>,
     /// Mount processes in a row that have not lived.
     deaths: u32,
+    /// How and why the last one was lost, until another serves.
+    lost: Option<(String, String)>,
     watch: Option<Watch>,
-    /// It was killed because it hung.
+    /// It was killed because it did not answer.
     hung: bool,
     /// A signal said that the mount is to end.
     stopping: bool,
+    /// Who uses it, where that decides how long it lives.
+    users: Option<Users>,
 }
 
 impl Holder {
-    fn new(args: &MountArgs) -> Result<Holder> {
+    fn new(args: &MountArgs, found: Option<(u32, Line)>) -> Result<Holder> {
         let mut set = SigSet::empty();
-        [Signal::SIGTERM, Signal::SIGINT].into_iter().for_each(|s| set.add(s));
+        [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR2].into_iter().for_each(|s| set.add(s));
         set.thread_block().map_err(std::io::Error::from)?;
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK);
+        // When another version has taken the program's place, this one is still there by the second path.
+        let program = std::env::current_exe().ok().filter(|p| p.exists()).unwrap_or_else(|| OWN_PROGRAM.into());
         Ok(Holder {
             mountpoint: args.mountpoint.clone(),
-            kept: BTreeMap::new(),
+            found,
+            program,
+            options: Vec::new(),
+            trial: None,
+            events: Vec::new(),
+            idle_since: None,
+            is_ready: false,
+            kept: Kept::new(),
             signals: signals.map_err(std::io::Error::from)?,
             failovers: BTreeMap::new(),
             deaths: 0,
+            lost: None,
             watch: None,
             hung: false,
             stopping: false,
+            users: Users::of(&args.mountpoint)?,
         })
+    }
+
+    fn run(mut self, ready: impl FnOnce()) -> Result<()> {
+        let mut ready = Some(ready);
+        loop {
+            let begun = Instant::now();
+            let end = self.live(&mut || {
+                if let Some(tell) = ready.take() {
+                    tell();
+                }
+            })?;
+            let (reason, text) = match end {
+                End::Bye(0, _) => return Ok(()),
+                // It was told to end, and had not learnt to yet.
+                _ if self.stopping => {
+                    Mount::existing(&self.mountpoint)?.unmount(true)?;
+                    return Ok(());
+                }
+                End::Left => ("upgrade", String::new()),
+                // It has not served; the one before had left everything.
+                End::Bye(_, text) if self.trial.is_some() => ("upgrade_failed", text.unwrap_or_default()),
+                End::Died(_) if self.trial.is_some() && std::mem::take(&mut self.hung) => {
+                    ("upgrade_failed", format!("it did not serve within {} s", TRIAL_DEADLINE.as_secs()))
+                }
+                End::Died(status) if self.trial.is_some() => ("upgrade_failed", status),
+                // A successor may find the rest of its predecessor in its way.
+                End::Bye(code, text) if self.is_ready || !self.can_go_on() => return Err(said(code, text)),
+                End::Bye(_, text) => ("failed", text.unwrap_or_default()),
+                End::Died(status) if !self.can_go_on() => {
+                    let text =
+                        format!("the mount process is gone, and left nothing that another could go on with ({status})");
+                    return Err(Error::new(Kind::Io, text));
+                }
+                End::Died(status) => (if std::mem::take(&mut self.hung) { "hang" } else { "crash" }, status),
+            };
+            self.over(reason, &text, begun.elapsed())?;
+        }
     }
 
     /// Has it what a successor needs?
     fn can_go_on(&self) -> bool {
-        Item::ALL.iter().all(|i| self.kept.contains_key(i))
+        Item::NEEDED.iter().all(|i| self.kept.contains_key(i))
     }
 
-    /// One more mount process was lost.
-    fn count(&mut self, reason: &str, lived: bool) -> Result<()> {
+    /// A mount process is over, and another is to go on.
+    fn over(&mut self, reason: &str, text: &str, lived: Duration) -> Result<()> {
+        self.idle_since.get_or_insert_with(Instant::now);
+        let lived_s = lived.as_secs();
+        match reason {
+            "upgrade" => info!(lived_s, "the mount process has left the mount to another program"),
+            "upgrade_failed" => {
+                error!(text, "another program could not take the mount over; the one of before goes on");
+                let id = self.trial.take().map_or(0, |t| t.id);
+                self.remember("upgrade_failed".into(), text.into(), 0, id);
+            }
+            "failed" => warn!(text, "a mount process could not take over"),
+            _ => error!(status = text, reason, lived_s, "the mount process is gone; another takes over"),
+        }
+        if reason == "upgrade" {
+            return Ok(());
+        }
         *self.failovers.entry(reason.into()).or_default() += 1;
-        self.deaths = if lived { 0 } else { self.deaths + 1 };
+        if !reason.starts_with("upgrade") {
+            self.lost = Some((reason.into(), text.into()));
+        }
+        self.deaths = if lived > LIFE_MIN { 0 } else { self.deaths + 1 };
         if self.deaths >= DEATHS_MAX {
             error!(mountpoint = %self.mountpoint.display(), "no mount process lives; the mount is given up");
             Mount::existing(&self.mountpoint)?.abort()?;
@@ -252,23 +239,56 @@ impl Holder {
         Ok(())
     }
 
+    /// Process `pid` serves. What is to be remembered of that.
+    fn serves(&mut self, pid: u32) -> Option<Event> {
+        let (what, text, upgrade) = match (self.trial.take(), self.lost.take()) {
+            (Some(trial), _) => {
+                info!(program = trial.program, pid, "another program serves the mount");
+                self.program = PathBuf::from(&trial.program);
+                self.options.extend(trial.options);
+                *self.failovers.entry("upgrade".into()).or_default() += 1;
+                ("upgrade".into(), trial.program, trial.id)
+            }
+            (None, Some((what, text))) => (what, text, 0),
+            (None, None) => (String::new(), String::new(), 0),
+        };
+        let event = (!what.is_empty()).then(|| self.remember(what, text, pid, upgrade));
+        self.idle_since = None;
+        event
+    }
+
+    fn remember(&mut self, what: String, text: String, pid: u32, upgrade: u64) -> Event {
+        if self.events.len() >= EVENTS_MAX {
+            self.events.remove(0);
+        }
+        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let pause_ms = self.idle_since.map_or(0, |t| t.elapsed().as_millis() as u64);
+        // A message has to hold all of them.
+        let text = text.chars().take(EVENT_TEXT_MAX).collect();
+        let event = Event { at, what, pid, pause_ms, text, upgrade };
+        self.events.push(event.clone());
+        event
+    }
+
     /// One mount process, from its start to its end.
     fn live(&mut self, ready: &mut dyn FnMut()) -> Result<End> {
-        let (mut child, line) = match start() {
-            Ok(started) => started,
-            Err(e) if self.can_go_on() => return Ok(End::Bye(1, Some(e.to_string()))),
-            Err(e) => return Err(e),
+        self.is_ready = false;
+        let (pid, mut child, line) = match self.found.take() {
+            Some((pid, line)) => (pid, None, line),
+            None => match self.start() {
+                Ok((child, line)) => (child.id(), Some(child), line),
+                Err(e) if self.can_go_on() => return Ok(End::Bye(1, Some(e.to_string()))),
+                Err(e) => return Err(e),
+            },
         };
-        let told = self.tell(&line);
         let begun = Instant::now();
         let mut bye = None;
-        let mut is_ready = false;
-        let process = rustix::process::Pid::from_child(&child);
+        let mut left = false;
+        let mut killed = false;
+        let process = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+        let process = process.ok_or_else(|| Error::new(Kind::Invalid, "impossible process"))?;
         let ended = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty());
         let ended = ended.map_err(std::io::Error::from)?;
-        if let Err(e) = told {
-            warn!(error = %e, "the mount process was not told what is kept for it");
-        }
         loop {
             let mut fds = [
                 PollFd::new(line.socket().as_fd(), PollFlags::POLLIN),
@@ -280,90 +300,158 @@ impl Holder {
                 Err(e) => return Err(std::io::Error::from(e).into()),
             }
             let [said, over, signalled] = fds.map(|f| f.any().unwrap_or(false));
+            if let Some(users) = self.users.as_mut().filter(|_| self.is_ready) {
+                users.look();
+            }
             // What it said last is still to be heard when it is over.
             if said {
-                match line.receive() {
+                let message = line.receive();
+                let heard_all = matches!(message, Ok(None));
+                match message {
                     Ok(Some((Message::Keep { item, text }, fd))) => {
                         self.kept.insert(item, (text, fd));
                     }
+                    Ok(Some((Message::Drop { item }, _))) => drop(self.kept.remove(&item)),
                     Ok(Some((Message::Ready, _))) => {
-                        is_ready = true;
+                        self.is_ready = true;
                         self.watch.get_or_insert_with(|| Watch::start(&self.mountpoint));
+                        if let Some(event) = self.serves(pid) {
+                            tell(&line, &Message::Event(event));
+                        }
                         ready();
                     }
+                    Ok(Some((Message::Upgrade(upgrade), _))) => {
+                        info!(program = upgrade.program, "another program is asked for");
+                        self.idle_since = Some(Instant::now());
+                        self.trial = Some(upgrade);
+                        tell(&line, &Message::Leave);
+                    }
+                    Ok(Some((Message::Left, _))) => left = true,
                     Ok(Some((Message::Bye { code, text }, _))) => bye = Some((code, text)),
-                    Ok(Some((Message::Kept { .. }, _))) | Ok(None) => {}
+                    // From a process whose holder is gone: what that knew.
+                    Ok(Some((Message::Kept { failovers, events, .. }, _))) => {
+                        (self.failovers, self.events) = (failovers, events);
+                    }
+                    Ok(Some((Message::Event(_) | Message::Leave, _)) | None) => {}
                     Err(e) => warn!(error = %e, "a message of the mount process was not understood"),
                 }
-                if !over {
+                if !heard_all {
                     continue;
                 }
             }
-            if over {
-                while let Ok(Some((message, fd))) = line.receive() {
-                    match message {
-                        Message::Keep { item, text } => drop(self.kept.insert(item, (text, fd))),
-                        Message::Bye { code, text } => bye = Some((code, text)),
-                        Message::Ready | Message::Kept { .. } => {}
+            if over || watch::is_dying(pid) {
+                let status = match child.take() {
+                    Some(mut child) if over => child.wait()?.to_string(),
+                    Some(child) => {
+                        reap_later(child)?;
+                        "killed, not yet gone".into()
                     }
-                }
-                let status = child.wait()?;
+                    None => "it was not started by this holder".into(),
+                };
                 return Ok(match bye {
                     Some((code, text)) => End::Bye(code, text),
+                    // One that dies on its way out is as good.
+                    None if left || self.is_ready && self.trial.is_some() => End::Left,
                     None => End::Died(status),
                 });
             }
             if signalled {
                 while let Ok(Some(signal)) = self.signals.read_signal() {
+                    if signal.ssi_signo == Signal::SIGUSR2 as u32 {
+                        let program = self.program.display().to_string();
+                        tell(&line, &Message::Upgrade(Upgrade { id: 0, program, options: Vec::new() }));
+                        continue;
+                    }
                     info!(signal = signal.ssi_signo, "passed on to the mount process");
                     self.stopping = true;
                     // It may have ended this moment.
                     let _ = rustix::process::kill_process(process, rustix::process::Signal::TERM);
                 }
             }
+            let leaves = self.is_ready && self.trial.is_some();
             let late = match &self.watch {
-                Some(watch) if is_ready => watch.waits() > HANG_AFTER,
-                _ => !is_ready && self.can_go_on() && begun.elapsed() > TAKEOVER_DEADLINE,
+                _ if leaves => self.idle_since.is_some_and(|t| t.elapsed() > LEAVE_DEADLINE),
+                Some(watch) if self.is_ready => watch.waits() > HANG_AFTER,
+                _ if self.trial.is_some() => begun.elapsed() > TRIAL_DEADLINE,
+                _ => !self.is_ready && begun.elapsed() > TAKEOVER_DEADLINE,
             };
-            if late && bye.is_none() {
-                error!(
-                    pid = child.id(),
-                    stacks = watch::stacks(child.id()),
-                    "the mount does not answer; its process is killed"
-                );
-                self.hung = true;
+            if late && !killed && self.can_go_on() && bye.is_none() {
+                killed = true;
+                error!(pid, stacks = watch::stacks(pid), "the mount does not answer; its process is killed");
+                self.hung = !leaves;
                 if let Some(watch) = &self.watch {
                     watch.begin_anew();
                 }
-                child.kill()?;
-                is_ready = false;
+                // It may have ended this moment.
+                let _ = rustix::process::kill_process(process, rustix::process::Signal::KILL);
+                self.is_ready &= leaves;
             }
         }
     }
 
-    /// Gives everything that is kept to a new mount process.
-    fn tell(&self, line: &Line) -> Result<()> {
-        let failovers = self.failovers.clone();
-        line.send(&Message::Kept { items: self.kept.len(), failovers }, None)?;
-        for (item, (text, fd)) in &self.kept {
-            line.send(&Message::Keep { item: *item, text: text.clone() }, fd.as_ref().map(AsFd::as_fd))?;
+    /// Starts a mount process and gives it everything that is kept.
+    fn start(&self) -> Result<(Child, Line)> {
+        let trial = self.trial.as_ref();
+        let program = trial.map_or(&*self.program, |t| Path::new(&t.program));
+        let options = self.options.iter().chain(trial.iter().flat_map(|t| &t.options));
+        let (child, line) = spawn(program, options, &[])?;
+        if let Err(e) = tell_all(&line, &self.kept, &self.failovers, &self.events) {
+            warn!(error = %e, "the mount process was not told what is kept for it");
         }
-        Ok(())
+        Ok((child, line))
     }
 }
 
-/// Starts a mount process: this program with the same arguments, and its end of the line.
-fn start() -> Result<(Child, Line)> {
+/// Waits for the end of a process in a thread of its own: of one that is dying a thread may be in the kernel until a successor answers what it waits for.
+fn reap_later(mut child: Child) -> Result<()> {
+    std::thread::Builder::new().name("efc-reap".into()).spawn(move || {
+        if let Err(e) = child.wait() {
+            warn!(error = %e, "a process that ended is not cleared away");
+        }
+    })?;
+    Ok(())
+}
+
+/// Gives everything that is kept and known to the other end of a new line.
+fn tell_all(line: &Line, kept: &Kept, failovers: &BTreeMap<String, u64>, events: &[Event]) -> Result<()> {
+    let (failovers, events) = (failovers.clone(), events.to_vec());
+    line.send(&Message::Kept { items: kept.len(), failovers, events }, None)?;
+    for (item, (text, fd)) in kept {
+        line.send(&Message::Keep { item: *item, text: text.clone() }, fd.as_ref().map(AsFd::as_fd))?;
+    }
+    Ok(())
+}
+
+/// Says something to a mount process, which may be gone.
+fn tell(line: &Line, message: &Message) {
+    if let Err(e) = line.send(message, None) {
+        debug!(error = %e, "the mount process does not hear");
+    }
+}
+
+/// This process's end of the line to whoever started it.
+fn inherited_line() -> Result<Option<Line>> {
+    let Some(fd) = std::env::var(LINE_FD).ok().and_then(|n| n.parse::<RawFd>().ok()) else { return Ok(None) };
+    // SAFETY: whoever started us left this fd open for us alone and told its number; it is taken once, before there are threads.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    nix::fcntl::fcntl(&socket, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
+        .map_err(std::io::Error::from)?;
+    Ok(Some(Line::new(socket)))
+}
+
+/// Starts a program with the arguments of this one, further mount options and `env`, and a line to it.
+fn spawn<'a>(program: &Path, options: impl Iterator<Item = &'a String>, env: &[(&str, &str)]) -> Result<(Child, Line)> {
     let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
     let (ours, theirs) = pair.map_err(std::io::Error::from)?;
-    // When another version has taken the program's place, this one is still there by that path.
-    let program = std::env::current_exe().ok().filter(|p| p.exists()).unwrap_or_else(|| "/proc/self/exe".into());
-    let mut command = Command::new(program);
+    let mut command = Command::new(if program.exists() { program } else { Path::new(OWN_PROGRAM) });
     let mut args = std::env::args_os();
     if let Some(name) = args.next() {
         command.arg0(name);
     }
-    command.args(args).env(LINE_FD, theirs.as_raw_fd().to_string());
+    command.args(args).env_remove(HELD_PID).envs(env.iter().copied()).env(LINE_FD, theirs.as_raw_fd().to_string());
+    options.for_each(|o| {
+        command.arg("-o").arg(o);
+    });
     let inherited = theirs.as_raw_fd();
     // SAFETY: between fork and exec only async-signal-safe calls are made; the fd stays open until the child has it.
     unsafe {

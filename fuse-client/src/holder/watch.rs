@@ -67,6 +67,14 @@ pub(super) fn stacks(pid: u32) -> String {
     lines.collect::<Vec<_>>().join("; ")
 }
 
+/// Is a process over but for threads that are still in the kernel? They never come back from there to do anything: one that tells the kernel to drop a page may wait for the reader of that page,
+/// whom only a successor can answer.
+pub(super) fn is_dying(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name may contain anything; what follows its last parenthesis is the state.
+    stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('Z'))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -21,11 +21,8 @@ use super::FileSystem;
 use super::conn::Conn;
 use super::init::{InitRecord, InitRequest};
 use super::metrics::Op;
-use super::reply::{DirReply, ReadReply, Reply, Slot, XattrReply};
+use super::reply::{DirReply, RESENT, ReadReply, Reply, Slot, XattrReply};
 use super::types::{Caller, LockRange, SetAttr, SetTime, WriteAt};
-
-/// The kernel's mark on a request that it sends a second time.
-const RESENT: u64 = 1 << 63;
 
 /// The smallest directory page any kernel asks for, bytes.
 const DIR_PAGE_BYTES_MIN: usize = 4096;
@@ -49,7 +46,9 @@ impl Adapter {
         let raw = req.unique().0;
         let caller =
             Caller { uid: req.uid(), gid: req.gid(), pid: req.pid(), unique: raw & !RESENT, resent: raw & RESENT != 0 };
-        Some((caller, Slot::new(self.conn.clone(), raw, op)))
+        let slot = Slot::new(self.conn.clone(), raw, op);
+        let slot = if caller.resent { slot.answered_before()? } else { slot };
+        Some((caller, slot))
     }
 
     /// Runs one operation. A panic of the file system costs the one request (its reply answers EIO when it unwinds), not the thread: threads

@@ -31,7 +31,7 @@ const NOTIFY_RESEND: i32 = 7;
 /// [`Kind::Unsupported`] for a record this version cannot serve, [`Kind::Unavailable`] when the connection is gone, else what the system said.
 pub fn adopt(fs: Arc<dyn FileSystem>, fd: OwnedFd, record: &InitRecord, config: &SessionConfig) -> Result<Session> {
     record.check()?;
-    let conn = Arc::new(Conn::new(fd));
+    let conn = Arc::new(Conn::new(fd, fs.outcomes()));
     let session = replay_handshake(&fs, &conn, config, record)?;
     resend(&conn, record)?;
     Session::serve(fs, conn, config, record.clone(), true, session)

@@ -1,17 +1,19 @@
 //! One FUSE connection as this process holds it: the fd, the phase it is in, and how many requests are taken and not yet answered.
 //!
 //! Phases: *serving* → *draining* (taken requests are still answered, new ones are left in peace) → *closed* (nothing is written any more; a
-//! successor has the mount, or nobody has); back to serving only when a hand-over came to nothing. A request that is neither answered nor refused stays in the kernel's
+//! successor has the mount, or nobody has); back to serving only when the threads could not be stopped. A request that is neither answered nor refused stays in the kernel's
 //! processing list, which is exactly what RESEND hands to the next process.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
 use super::metrics::Metrics;
+use super::outcomes::Outcomes;
 
 const SERVING: u8 = 0;
 const DRAINING: u8 = 1;
@@ -30,10 +32,12 @@ pub(super) struct Conn {
     idle_lock: Mutex<()>,
     idle: Condvar,
     pub(super) metrics: Metrics,
+    /// Where the file system writes down what must not be done twice.
+    pub(super) outcomes: Option<Arc<Outcomes>>,
 }
 
 impl Conn {
-    pub(super) fn new(fd: OwnedFd) -> Conn {
+    pub(super) fn new(fd: OwnedFd, outcomes: Option<Arc<Outcomes>>) -> Conn {
         Conn {
             fd,
             phase: AtomicU8::new(SERVING),
@@ -41,6 +45,7 @@ impl Conn {
             idle_lock: Mutex::new(()),
             idle: Condvar::new(),
             metrics: Metrics::new(),
+            outcomes,
         }
     }
 
@@ -63,7 +68,7 @@ impl Conn {
         self.phase.fetch_max(CLOSED, SeqCst);
     }
 
-    /// A hand-over came to nothing.
+    /// The threads could not be stopped.
     pub(super) fn serve_again(&self) {
         self.phase.store(SERVING, SeqCst);
     }

@@ -34,6 +34,28 @@ ops! {
     CopyFileRange "copy_file_range", Getlk "getlk", Setlk "setlk",
 }
 
+impl Op {
+    /// Can it be of a kind that must not be done twice?
+    pub(super) fn may_be_once(self) -> bool {
+        use Op::*;
+        matches!(
+            self,
+            Setattr
+                | Mknod
+                | Mkdir
+                | Unlink
+                | Rmdir
+                | Symlink
+                | Rename
+                | Link
+                | Create
+                | Write
+                | Setxattr
+                | Removexattr
+        )
+    }
+}
+
 /// Counters of one session.
 pub(super) struct Metrics {
     per_op: Vec<(Counter, Histogram)>,

@@ -3,7 +3,7 @@
 //!
 //! Who reads and who writes. `fuser` does the INIT handshake, reads requests and decodes them. Answers are written by
 //! [`reply`] straight to the fd, because that gives what `fuser` 0.18 has no call for: a READ answered from several slices without a copy,
-//! separate name and attribute lifetimes in READDIRPLUS, times before 1970, and above all *not answering*: at a hand-over a request that
+//! separate name and attribute lifetimes in READDIRPLUS, times before 1970, and above all *not answering*: when another process goes on, a request that
 //! was taken and not answered is what the kernel resends to the successor.
 
 mod adapter;
@@ -11,11 +11,11 @@ mod adopt;
 mod conn;
 mod encode;
 mod features;
-pub mod handover;
 mod init;
 mod metrics;
 mod mount;
 mod notify;
+mod outcomes;
 mod readers;
 mod reply;
 mod session;
@@ -26,11 +26,13 @@ pub use features::KernelFeatures;
 pub use init::{INIT_RECORD_FORMAT, InitRecord};
 pub use mount::{Mount, MountConfig, Unmounted, abort_connection, check, serve};
 pub use notify::{Notification, Notifier, Told};
+pub use outcomes::{Outcomes, Resent};
 pub use reply::{Answer, DirReply, ReadReply, Reply, XattrReply};
 pub use session::{Drained, Ended, Session, SessionConfig};
 pub use types::*;
 
 use bytes::Bytes;
+use std::sync::Arc;
 
 /// A file system as the kernel sees it. Methods are called on the session's request threads and must not block for long: keep `reply`
 /// and answer it from any thread, exactly once. A reply that is dropped unanswered is answered EIO and logged as an error, except
@@ -43,6 +45,11 @@ pub trait FileSystem: Send + Sync + 'static {
     /// Called once, before any other method, also in a process that adopts a running mount.
     fn init(&self, negotiated: &Negotiated) {
         let _ = negotiated;
+    }
+
+    /// Where it writes down requests that must not be done twice ([`Outcomes::begin`]). Their answers are written there too, and those of a predecessor given.
+    fn outcomes(&self) -> Option<Arc<Outcomes>> {
+        None
     }
 
     /// Finds `name` in directory `parent`. A negative answer is either ENOENT (asked again each time) or an entry with node 0.

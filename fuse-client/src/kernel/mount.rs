@@ -167,6 +167,15 @@ impl Mount {
         Ok(find(&self.mountpoint)?.is_some_and(|m| m.device == self.device))
     }
 
+    /// All places of this mount namespace where its file system is mounted, bind mounts included: each with the directory of it that is to be seen there.
+    ///
+    /// # Errors
+    /// When `/proc/self/mountinfo` cannot be read.
+    pub fn places(&self) -> Result<Vec<(PathBuf, PathBuf)>> {
+        let all = mount_infos()?.into_iter().filter(|m| m.device == self.device);
+        Ok(all.map(|m| (m.mountpoint, m.root)).collect())
+    }
+
     /// Unmounts. With files open on it: refused, or, when `detach`, taken out of the tree at once and ended with the last user.
     ///
     /// # Errors
@@ -297,6 +306,7 @@ fn resolve(path: &Path) -> Result<PathBuf> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct MountInfo {
     device: (u32, u32),
+    root: PathBuf,
     mountpoint: PathBuf,
     fs_type: String,
     source: String,
@@ -304,9 +314,13 @@ struct MountInfo {
 
 /// The topmost mount at exactly this path.
 fn find(mountpoint: &Path) -> Result<Option<MountInfo>> {
-    let text = fs::read("/proc/self/mountinfo").map_err(|e| Error::from(e).with("path", "/proc/self/mountinfo"))?;
     // Later lines cover earlier ones.
-    Ok(text.split(|b| *b == b'\n').rev().filter_map(parse_line).find(|m| m.mountpoint == mountpoint))
+    Ok(mount_infos()?.into_iter().rev().find(|m| m.mountpoint == mountpoint))
+}
+
+fn mount_infos() -> Result<Vec<MountInfo>> {
+    let text = fs::read("/proc/self/mountinfo").map_err(|e| Error::from(e).with("path", "/proc/self/mountinfo"))?;
+    Ok(text.split(|b| *b == b'\n').filter_map(parse_line).collect())
 }
 
 /// `36 35 98:0 /root /mount/point rw,noatime master:1 - ext3 /dev/root rw,errors=continue`, see proc_pid_mountinfo(5).
@@ -314,10 +328,12 @@ fn parse_line(line: &[u8]) -> Option<MountInfo> {
     let mut fields = line.split(|b| *b == b' ');
     let device = std::str::from_utf8(fields.nth(2)?).ok()?;
     let (major, minor) = device.split_once(':')?;
-    let mountpoint = unescape(fields.nth(1)?);
+    let root = unescape(fields.next()?);
+    let mountpoint = unescape(fields.next()?);
     let mut rest = fields.skip_while(|f| *f != b"-").skip(1);
     Some(MountInfo {
         device: (major.parse().ok()?, minor.parse().ok()?),
+        root: PathBuf::from(OsString::from_vec(root)),
         mountpoint: PathBuf::from(OsString::from_vec(mountpoint)),
         fs_type: String::from_utf8_lossy(rest.next()?).into_owned(),
         source: String::from_utf8_lossy(&unescape(rest.next()?)).into_owned(),

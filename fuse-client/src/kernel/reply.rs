@@ -4,6 +4,7 @@
 use std::io::IoSlice;
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -11,7 +12,11 @@ use bytes::Bytes;
 use super::conn::Conn;
 use super::encode::{self, DIRENT_BYTES, ENTRY_BYTES, Fixed};
 use super::metrics::Op;
+use super::outcomes::Done;
 use super::types::{AttrOut, CreateOut, EntryOut, Errno, LockOut, LseekOut, OpenOut, PollOut, StatfsOut, WriteOut};
+
+/// The kernel's mark on a request that it sends a second time.
+pub(super) const RESENT: u64 = 1 << 63;
 
 /// One taken request, not yet answered.
 pub(super) struct Slot {
@@ -33,6 +38,10 @@ impl Slot {
         self.answered = true;
         // A non-positive errno would be read as success or be refused, and then the caller would wait forever.
         let errno = error.map(|e| if (1..=511).contains(&e.0) { e } else { Errno::EIO });
+        let written_down = self.conn.outcomes.as_ref().filter(|_| self.op.may_be_once());
+        if let Some(outcomes) = written_down {
+            outcomes.finish(self.unique & !RESENT, errno.map_or(0, |e| e.0), payload);
+        }
         let sent = self.conn.answer(self.unique, errno.map_or(0, |e| e.0), payload);
         if let Err(e) = sent {
             tracing::error!(op = self.op.name(), error = %e, "the kernel refused an answer; the caller gets EIO");
@@ -40,7 +49,22 @@ impl Slot {
                 tracing::error!(op = self.op.name(), error = %e, "the kernel refused EIO as well; the caller hangs");
             }
         }
+        if let Some(outcomes) = written_down {
+            outcomes.answered(self.unique & !RESENT);
+        }
         self.conn.metrics.answered(self.op, self.taken_at, errno);
+    }
+
+    /// If the predecessor had an answer, gives it.
+    pub(super) fn answered_before(self) -> Option<Slot> {
+        let Some(outcomes) = &self.conn.outcomes else { return Some(self) };
+        outcomes.resent().taken.fetch_add(1, Relaxed);
+        match outcomes.take(self.unique & !RESENT) {
+            Some(Done { errno: 0, payload }) => self.bytes(&payload),
+            Some(Done { errno, .. }) => self.error(Errno(errno)),
+            None => return Some(self),
+        }
+        None
     }
 
     fn fixed(mut self, fill: impl FnOnce(&mut Fixed)) {

@@ -2,7 +2,7 @@
 //!
 //! All threads share one fd and it is never cloned: requests taken through a cloned fd that dies with its process fail, those taken through
 //! one that somebody else still holds are resent. Life of a session: [`Session::start`] (new mount) or [`super::adopt`] (running mount) →
-//! serving → [`Session::drain`] → either the successor serves, or [`Session::resume`].
+//! serving → [`Session::drain`] → the successor serves.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,7 +17,6 @@ use tokio::sync::watch;
 
 use super::FileSystem;
 use super::adapter::Adapter;
-use super::adopt;
 use super::conn::Conn;
 use super::init::{InitRecord, InitRequest};
 use super::notify::Notifier;
@@ -92,9 +91,7 @@ pub struct Drained {
 
 /// A served connection. Dropping it stops its threads and closes its fd: if nobody else holds the connection, the kernel aborts it.
 pub struct Session {
-    fs: Arc<dyn FileSystem>,
     conn: Arc<Conn>,
-    config: SessionConfig,
     record: InitRecord,
     adopted: bool,
     readers: Mutex<Option<Readers>>,
@@ -111,7 +108,7 @@ impl Session {
     pub fn start(fs: Arc<dyn FileSystem>, fd: OwnedFd, config: &SessionConfig) -> Result<Session> {
         wait_readable(fd.as_fd())?;
         let for_fuser = fd.try_clone().map_err(Error::from)?;
-        let conn = Arc::new(Conn::new(fd));
+        let conn = Arc::new(Conn::new(fd, fs.outcomes()));
         let (session, record) = handshake(&fs, &conn, config, for_fuser)?;
         Self::serve(fs, conn, config, record, false, session)
     }
@@ -128,9 +125,7 @@ impl Session {
         let notifier = Notifier::start(conn.clone(), &record, config.notify_queue)?;
         fs.init(&record.negotiated(adopted));
         let this = Session {
-            fs,
             conn,
-            config: config.clone(),
             record,
             adopted,
             readers: Mutex::new(None),
@@ -207,21 +202,6 @@ impl Session {
         self.conn.wait_idle(rest);
         self.conn.close();
         Ok(Drained { left: self.conn.in_flight(), took: begun.elapsed() })
-    }
-
-    /// Serves again after a drain whose hand-over came to nothing. Requests left unanswered come back by RESEND.
-    ///
-    /// # Errors
-    /// As for adopting. The session stays silent then.
-    pub fn resume(&self) -> Result<()> {
-        if self.readers.lock().is_some() {
-            return Ok(());
-        }
-        let session = adopt::replay_handshake(&self.fs, &self.conn, &self.config, &self.record)?;
-        self.conn.serve_again();
-        self.stopping.store(false, SeqCst);
-        adopt::resend(&self.conn, &self.record)?;
-        self.start_readers(session)
     }
 
     fn stop_readers(&self, patience: Duration) -> Result<bool> {

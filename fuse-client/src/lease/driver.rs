@@ -4,13 +4,14 @@
 //! Flushes and drops run as tasks of their own, a bounded number at a time; there is at most one for each lease that is on its way back.
 
 use super::keeper::{Config, Counts, Effect, Event, Guard, How, Keeper, OpId, RecallId, What, Why};
-use crate::lock::LockBook;
+use crate::journal::Journal;
+use crate::lock::{LockBook, LocksLeft};
 use async_trait::async_trait;
 use efc_client::lease::{LeaseLink, News, Who};
 use efc_client::master::MasterClient;
 use efc_common::hint::Hint;
-use efc_common::id::Incarnation;
-use efc_common::lease::{Ask, GrantNumber, Moment, Scope, Want};
+use efc_common::id::{Incarnation, SessionId};
+use efc_common::lease::{Ask, GrantNumber, Moment, RequestId, Scope, Want};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use parking_lot::Mutex;
@@ -65,12 +66,26 @@ struct Inner {
     closed: bool,
 }
 
+/// What goes on when the process of a mount is replaced.
+pub struct Succession {
+    /// The last life of the predecessor's session, if there was a predecessor.
+    pub last: Option<(SessionId, Incarnation)>,
+    /// Keeps the life that a successor is to go on with.
+    pub keep: Box<dyn Fn(SessionId, Incarnation) + Send + Sync>,
+    /// Where advisory locks are written down.
+    pub journal: Arc<Journal>,
+    /// Those that the predecessor had.
+    pub locks: Vec<LocksLeft>,
+}
+
 struct Shared {
     /// Moments count from here.
     base: Instant,
     inner: Mutex<Inner>,
     link: Arc<LeaseLink>,
     locks: LockBook,
+    last: Option<(SessionId, Incarnation)>,
+    keep: Option<Box<dyn Fn(SessionId, Incarnation) + Send + Sync>>,
     holder: Arc<dyn Holder>,
     hints: mpsc::Sender<Hint>,
     tasks: TaskGroup,
@@ -111,19 +126,31 @@ pub struct LeaseGuard {
 }
 
 impl Leases {
-    /// Opens a session with the masters and keeps it, in tasks of `tasks` on the runtime it is called in. Operations wait until there is one.
-    pub fn start(master: MasterClient, who: Who, config: Config, holder: Arc<dyn Holder>, tasks: &TaskGroup) -> Leases {
-        let (link, news) = LeaseLink::start(master, who, tasks);
+    /// Will keep a session with the masters, in tasks of `tasks` on the runtime it is called in. Operations wait until there is one.
+    pub fn start(
+        master: MasterClient,
+        who: Who,
+        config: Config,
+        holder: Arc<dyn Holder>,
+        tasks: &TaskGroup,
+        succession: Option<Succession>,
+    ) -> Leases {
+        let (last, keep, journal, locks) = match succession {
+            Some(s) => (s.last, Some(s.keep), Some(s.journal), s.locks),
+            None => (None, None, None, Vec::new()),
+        };
+        let (link, news) = LeaseLink::start(master, who, last, tasks);
         let link = Arc::new(link);
-        link.open();
         let keeper = Keeper::new(config);
         let inner = Inner { keeper, waiters: HashMap::new(), ops: 0, life: None, closed: false };
         let (hints, hinted) = mpsc::channel(HINTS);
         let shared = Arc::new(Shared {
             base: Instant::now(),
             inner: Mutex::new(inner),
-            locks: LockBook::new(link.clone()),
+            locks: LockBook::new(link.clone(), journal, locks),
             link,
+            last,
+            keep,
             holder,
             hints,
             tasks: tasks.clone(),
@@ -134,6 +161,18 @@ impl Leases {
         tasks.spawn(listen(shared.clone(), news));
         tasks.spawn(take_hints(shared.holder.clone(), hinted));
         Leases { shared }
+    }
+
+    /// Opens the session, now that the kernel can be told what to drop. After a predecessor everything is dropped first: what the kernel was told in its life may be
+    /// changed by others once that is over.
+    pub fn begin(&self) {
+        match self.shared.last {
+            None => self.shared.link.open(),
+            Some((_, incarnation)) => {
+                let mut inner = self.shared.inner.lock();
+                self.shared.feed(&mut inner, Event::Inherited { incarnation });
+            }
+        }
     }
 
     /// Permission to run with all these needs. May wait for other sessions to give something back, or for a session with the masters: callers
@@ -296,9 +335,10 @@ impl Shared {
                 Effect::Flush { recall, scope } => self.tasks.spawn(self.clone().flush(recall, scope)),
                 Effect::Drop { recall, what } => self.tasks.spawn(self.clone().drop_what(recall, what)),
                 Effect::SessionLost { incarnation } => {
-                    tracing::warn!(%incarnation, "the session with the masters was lost; what was remembered is dropped");
-                    inner.life = None;
-                    self.locks.lost();
+                    if inner.life.take().is_some() {
+                        tracing::warn!(%incarnation, "the session with the masters was lost; what was remembered is dropped");
+                        self.locks.lost();
+                    }
                     if !inner.closed {
                         self.link.open();
                     }
@@ -331,9 +371,21 @@ impl Shared {
     fn hear(self: &Arc<Self>, news: News) {
         let mut inner = self.inner.lock();
         let event = match news {
-            News::Opened { incarnation, welcome, sent, .. } => {
+            News::Opened { session, incarnation, welcome, sent, resumed } => {
                 inner.life = Some(incarnation);
+                if let Some(keep) = &self.keep {
+                    keep(session, incarnation);
+                }
+                if !resumed {
+                    self.locks.lost();
+                }
                 self.locks.opened(incarnation);
+                if resumed {
+                    // A leader that is new waits until it has heard all that goes on.
+                    let (request, term) = (RequestId(0), welcome.term);
+                    let ask = Ask::Reclaim { request, term, claims: vec![], part: 0, parts: 1, locks: vec![] };
+                    self.locks.say_with_locks(incarnation, ask);
+                }
                 inner.keeper.agree(welcome.times());
                 Event::SessionUp { incarnation, term: welcome.term, sent: self.moment(sent) }
             }

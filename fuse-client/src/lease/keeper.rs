@@ -60,6 +60,11 @@ pub enum Event {
         /// When the question was sent.
         sent: Moment,
     },
+    /// There is a session of a process that is gone: what the kernel was told in it is dropped before its next life is opened. Before anything else.
+    Inherited {
+        /// Its life.
+        incarnation: Incarnation,
+    },
     /// A renewal was answered.
     Renewed {
         /// Of this life.
@@ -328,6 +333,7 @@ impl Keeper {
         self.expire(now, out);
         match event {
             Event::SessionUp { incarnation, term, sent } => self.session_up(now, incarnation, term, sent, out),
+            Event::Inherited { incarnation } => self.inherited(incarnation, out),
             Event::Renewed { .. } | Event::GiveUp { .. } => {}
             Event::SessionRefused { incarnation } if self.life == Life::Up(incarnation) => self.lose(out),
             Event::SessionRefused { .. } => {}
@@ -335,8 +341,8 @@ impl Keeper {
             Event::Told { .. } => {}
             Event::Want { op, needs } => self.want(now, op, needs, out),
             Event::Done { op } => {
-                if let Some(op) = self.ops.remove(&op) {
-                    self.give_back(now, op.guards, out);
+                for guard in self.ops.remove(&op).map(|op| op.guards).unwrap_or_default() {
+                    self.done(now, guard, out);
                 }
                 self.passed(now, op, out);
             }
@@ -399,6 +405,16 @@ impl Keeper {
 
     /// Takes a guard back. False: what was read under it may not be remembered, because belief ended meanwhile.
     pub fn done(&mut self, now: Moment, guard: Guard, out: &mut Vec<Effect>) -> bool {
+        let room = RoomKey::of(&guard.want.scope);
+        let believed = self.free(now, guard, out);
+        if !room.is_dir && self.rooms.get(&room).is_some_and(|r| !r.is_busy()) {
+            // Nothing is remembered by it, the next directory that is renamed is another, and masters keep few of them.
+            self.give_up_room(now, &room, out);
+        }
+        believed
+    }
+
+    fn free(&mut self, now: Moment, guard: Guard, out: &mut Vec<Effect>) -> bool {
         if guard.life != self.lives {
             self.running_old = self.running_old.saturating_sub(1);
             self.old_guard_gone(out);
@@ -419,7 +435,7 @@ impl Keeper {
 
     pub(super) fn give_back(&mut self, now: Moment, guards: Vec<Guard>, out: &mut Vec<Effect>) {
         for guard in guards {
-            self.done(now, guard, out);
+            self.free(now, guard, out);
         }
     }
 

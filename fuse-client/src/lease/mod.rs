@@ -22,7 +22,7 @@ mod room;
 mod session;
 mod told;
 
-pub use driver::{Holder, LeaseGuard, Leases, Under};
+pub use driver::{Holder, LeaseGuard, Leases, Succession, Under};
 pub use keeper::{Config, Counts, Effect, Event, Guard, How, Keeper, OpId, RecallId, What, Why};
 
 #[cfg(test)]

@@ -139,6 +139,15 @@ impl Keeper {
         self.pass_homeless(out);
     }
 
+    /// The session of a process that is gone: what the kernel was told in it is dropped first.
+    pub(super) fn inherited(&mut self, incarnation: Incarnation, out: &mut Vec<Effect>) {
+        if self.life == Life::None {
+            let drop = self.drop_all(out);
+            self.life = Life::Ending { incarnation, drop: Some(drop), again: false };
+            self.pass_homeless(out);
+        }
+    }
+
     fn drop_all(&mut self, out: &mut Vec<Effect>) -> RecallId {
         self.recalls += 1;
         out.push(Effect::Drop { recall: RecallId(self.recalls), what: What::All });

@@ -167,7 +167,7 @@ impl Inode {
     }
 
     /// It is found there from now on.
-    pub fn relocate(&self, locator: Bytes) {
+    fn relocate(&self, locator: Bytes) {
         let mut now = self.now.write();
         let node = Node { locator, version: now.version.clone(), attr: now.attr.clone() };
         *now = Content::new(node, now.fresh_until);
@@ -200,8 +200,16 @@ impl Namespace {
         update
     }
 
+    /// A node is found there from now on.
+    pub fn relocate(&self, inode: &Inode, locator: Bytes) {
+        let _changing = self.changing();
+        inode.relocate(locator);
+        self.note(inode);
+    }
+
     /// The name by which a node was known leads elsewhere now, by others' doing. It is found again when its file is looked up by its new name.
     pub fn lose(&self, inode: &Arc<Inode>) {
+        let _changing = self.changing();
         let Some(d) = inode.dentry() else { return };
         inode.names.lock().remove(&d.parent, &d.name);
         if let Some(dir) = &d.parent.dir {
@@ -217,6 +225,7 @@ impl Namespace {
                 self.linked.lock().insert(fileid, inode.id);
             }
         }
+        self.note(inode);
     }
 
     /// The node that has another name of the file `node`, or had one that was lost.
@@ -231,7 +240,10 @@ impl Namespace {
     /// Remembers a file that has several names.
     pub fn note_links(&self, inode: &Inode, attr: &Attr) {
         if self.follows() && attr.nlink > 1 && attr.kind != FileKind::Directory && attr.fileid != 0 {
-            self.linked.lock().insert(attr.fileid, inode.id);
+            let before = self.linked.lock().insert(attr.fileid, inode.id);
+            if before != Some(inode.id) {
+                self.note(inode);
+            }
         }
     }
 
@@ -242,6 +254,7 @@ impl Namespace {
         name: &[u8],
         locate: impl Fn(&Bytes, &[u8]) -> Option<Bytes>,
     ) -> Option<Arc<Inode>> {
+        let _changing = self.changing();
         let id = dir.dir.as_ref()?.children.lock().remove(name)?;
         let inode = self.get(id)?;
         let next = {
@@ -254,11 +267,13 @@ impl Namespace {
         {
             inode.relocate(locator);
         }
+        self.note(&inode);
         Some(inode)
     }
 
     /// A name was moved, replacing what stood at its target. Nodes below a directory whose locators are paths move along.
     pub fn renamed(&self, from: (&Arc<Inode>, &[u8]), to: (&Arc<Inode>, &Bytes), locator: Bytes) {
+        let _changing = self.changing();
         let (Some(from_dir), Some(to_dir)) = (&from.0.dir, &to.0.dir) else { return };
         let mut both = Both::lock((from.0.id, &from_dir.children), (to.0.id, &to_dir.children));
         let moved = both.first().remove(from.1);
@@ -269,6 +284,7 @@ impl Namespace {
         drop(both);
         if let Some(old) = replaced.filter(|id| Some(*id) != moved).and_then(|id| self.get(id)) {
             old.names.lock().remove(to.0, to.1);
+            self.note(&old);
         }
         if let Some(inode) = moved.and_then(|id| self.get(id)) {
             {
@@ -277,11 +293,13 @@ impl Namespace {
                 names.add(Dentry { parent: to.0.clone(), name: to.1.clone() });
             }
             self.move_tree(&inode, locator);
+            self.note(&inode);
         }
     }
 
     /// Two names were swapped; the locators are those of the nodes that are now at `a` and at `b`.
     pub fn exchanged(&self, a: (&Arc<Inode>, &Bytes, Bytes), b: (&Arc<Inode>, &Bytes, Bytes)) {
+        let _changing = self.changing();
         let (Some(a_dir), Some(b_dir)) = (&a.0.dir, &b.0.dir) else { return };
         let mut both = Both::lock((a.0.id, &a_dir.children), (b.0.id, &b_dir.children));
         let was_a = both.first().remove(a.1);
@@ -301,6 +319,7 @@ impl Namespace {
                     names.add(Dentry { parent: to.0.clone(), name: to.1.clone() });
                 }
                 self.move_tree(&inode, to.2.clone());
+                self.note(&inode);
             }
         }
     }
@@ -323,6 +342,7 @@ impl Namespace {
                 moved.put_slice(&locator);
                 moved.put_slice(rest);
                 self.move_tree(&child, moved.freeze());
+                self.note(&child);
             }
         }
     }

@@ -13,17 +13,16 @@
 
 pub mod change;
 pub mod checkpoint;
-pub mod journal;
 pub mod listing;
 
+use crate::journal::Journal;
 use bytes::Bytes;
 use change::{Changes, Update};
-use efc_common::Result;
+use checkpoint::wire;
 use efc_common::id::{ContentId, SourceId};
 use efc_common::lease::{DirKey, GrantNumber};
 use efc_common::node::{Attr, FileKind, Node};
-use journal::{Journal, Keep};
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -136,7 +135,7 @@ pub struct Inode {
     pub dir: Option<DirState>,
     /// Reads that wait for a lease: the kernel holds pages for them, which are empty until they are answered.
     pub waiting_reads: Mutex<Vec<Range<u64>>>,
-    /// Held by whoever writes while others read past the kernel's pages: those see whole writes, and only such as the attributes tell of.
+    /// Held by whoever changes content under leases; shared by those who read past the kernel's pages: they see whole changes, and only such as the attributes tell of.
     pub content: tokio::sync::RwLock<()>,
     /// Sequential streams over a file, made at the first read.
     pub streams: Mutex<Option<Box<crate::read::stream::Streams>>>,
@@ -333,9 +332,7 @@ pub struct Namespace {
     linked: Mutex<HashMap<u64, u64>>,
     next_id: AtomicU64,
     count: AtomicU64,
-    journal: Option<Journal>,
-    /// Held shared by whoever changes something that is written down, alone for a new journal.
-    gate: RwLock<()>,
+    journal: Option<Arc<Journal>>,
 }
 
 impl Namespace {
@@ -356,34 +353,24 @@ impl Namespace {
             next_id: AtomicU64::new(next_id),
             count: AtomicU64::new(0),
             journal: None,
-            gate: RwLock::default(),
         }
     }
 
-    /// From now on everything is written down, in files that are given to `keep`. For nodes that are versions.
-    ///
-    /// # Errors
-    /// Those of the first file.
-    pub fn write_down(&mut self, keep: Keep) -> Result<()> {
-        self.journal = Some(Journal::new(&self.checkpoint(), keep)?);
-        Ok(())
+    /// From now on everything is written down there.
+    pub fn write_down(&mut self, journal: Arc<Journal>) {
+        self.journal = Some(journal);
     }
 
-    /// What was interned since the last time is written down: to be called before the kernel is told.
-    ///
-    /// # Errors
-    /// Those of the journal: want of memory.
-    pub fn commit(&self) -> Result<()> {
-        match &self.journal {
-            Some(journal) if journal.commit()? => self.renew_journal(),
-            _ => Ok(()),
+    /// To be held while something is changed and written down.
+    fn changing(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        self.journal.as_ref().map(|j| j.changing())
+    }
+
+    /// What is written down of a node is no longer so.
+    fn note(&self, inode: &Inode) {
+        if let Some(journal) = &self.journal {
+            journal.moved(&wire(inode));
         }
-    }
-
-    fn renew_journal(&self) -> Result<()> {
-        let Some(journal) = &self.journal else { return Ok(()) };
-        let _alone = self.gate.write();
-        journal.renew(&self.checkpoint())
     }
 
     fn shard(&self, id: u64) -> &RwLock<HashMap<u64, Arc<Inode>>> {
@@ -429,7 +416,7 @@ impl Namespace {
         let Some(state) = &dir.dir else {
             unreachable!("names are interned in directories only");
         };
-        let _gate = self.gate.read();
+        let _changing = self.changing();
         let mut children = state.children.lock();
         let known = children.get(name).and_then(|id| self.get(*id));
         if let Some(known) = known {
@@ -452,6 +439,7 @@ impl Namespace {
             // The node of an old version is still open under this name.
             if self.follows() {
                 known.names.lock().remove(dir, name);
+                self.note(&known);
             }
         }
         if let Some(other) = self.other_name(node)
@@ -461,6 +449,10 @@ impl Namespace {
             other.lost.store(false, Ordering::Release);
             children.insert(name.clone(), other.id);
             let moved = self.refresh(&other, node, seen) == Update::Moved;
+            if let Some(journal) = &self.journal {
+                journal.seen(other.id);
+            }
+            self.note(&other);
             return (other, moved);
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
@@ -469,7 +461,7 @@ impl Namespace {
         self.insert(inode.clone());
         children.insert(name.clone(), id);
         if let Some(journal) = &self.journal {
-            journal.node(&inode);
+            journal.node(&wire(&inode));
         }
         drop(children);
         self.note_links(&inode, &node.attr);
@@ -506,7 +498,7 @@ impl Namespace {
             return;
         }
         let Some(inode) = self.get(id) else { return };
-        let _gate = self.gate.read();
+        let _changing = self.changing();
         if let Some(journal) = &self.journal {
             journal.forgotten(id, count);
         }
@@ -554,12 +546,12 @@ impl Namespace {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use efc_common::node::Time;
     use proptest::prelude::*;
 
-    pub(super) fn file(locator: &str, version: &str) -> Node {
+    pub(crate) fn file(locator: &str, version: &str) -> Node {
         Node {
             locator: Bytes::copy_from_slice(locator.as_bytes()),
             version: Bytes::copy_from_slice(version.as_bytes()),
@@ -567,11 +559,11 @@ mod tests {
         }
     }
 
-    pub(super) fn seen() -> Seen {
+    pub(crate) fn seen() -> Seen {
         Seen::at(Instant::now(), Duration::from_secs(1))
     }
 
-    pub(super) fn dir(locator: &str) -> Node {
+    pub(crate) fn dir(locator: &str) -> Node {
         Node {
             locator: Bytes::copy_from_slice(locator.as_bytes()),
             version: Bytes::new(),

@@ -5,7 +5,7 @@
 //! as `NAME.efc-conflict-HOST-SECONDS`, and told [`Kind::Conflict`]; its descriptors go on with that file. Any other failure leaves everything
 //! as it was, for the next attempt.
 
-use super::file::{Inner, Open};
+use super::file::{Base, Inner, Open};
 use super::stream::{PUT_BYTES_MAX, Stream, parts};
 use super::{Core, absent_is_none, meta};
 use bytes::Bytes;
@@ -25,7 +25,11 @@ impl Open {
             return Ok(());
         }
         self.core.known.touch_dir(&inner.dir);
-        let stored = self.core.store(inner).await;
+        let earlier = inner.attempts.clone();
+        let mut stored = self.core.store(inner).await;
+        if stored.as_ref().is_err_and(|e| e.is(Kind::Conflict)) && self.core.was_made(inner, &earlier).await? {
+            stored = self.core.store(inner).await;
+        }
         *self.state.failed.lock() = stored.as_ref().err().map(ToString::to_string);
         match stored {
             Ok(node) => {
@@ -56,8 +60,7 @@ impl Open {
                 // Its own base may be gone: what is not changed is taken from what is there now.
                 let now = theirs.as_ref().map(|(node, _)| node.clone());
                 inner.draft.rebase(now.as_ref().map_or(0, |n| n.attr.size));
-                inner.base =
-                    now.map(|n| super::file::Base { locator: n.locator, version: n.version, mtime: n.attr.mtime });
+                inner.base = now.map(|n| Base { locator: n.locator, version: n.version, mtime: n.attr.mtime });
             } else {
                 inner.draft.rebase(0);
                 inner.base = None;
@@ -99,6 +102,22 @@ fn conflict_name(name: &Bytes) -> Bytes {
 }
 
 impl Core {
+    /// Looks what became of attempts to bring a file to the store that nobody knows the end of: the object of one is what the draft was made of.
+    pub(super) async fn look_for_attempts(&self, inner: &mut Inner) -> Result<()> {
+        let attempts = inner.attempts.clone();
+        self.was_made(inner, &attempts).await.map(drop)
+    }
+
+    async fn was_made(&self, inner: &mut Inner, attempts: &[String]) -> Result<bool> {
+        if attempts.is_empty() {
+            return Ok(false);
+        }
+        let Some((node, _)) = self.objects.made_by(&inner.locator, attempts).await? else { return Ok(false) };
+        tracing::info!(key = %inner.locator.escape_ascii(), "an earlier attempt had brought a file to the store");
+        inner.base = Some(Base { locator: node.locator, version: node.version, mtime: node.attr.mtime });
+        Ok(true)
+    }
+
     async fn store(&self, inner: &mut Inner) -> Result<Node> {
         let condition = match &inner.base {
             Some(base) => Condition::Version(base.version.clone()),
@@ -109,14 +128,15 @@ impl Core {
 
     /// One attempt. [`Kind::Conflict`]: the condition did not hold, or the base version is gone.
     async fn store_at(&self, inner: &mut Inner, condition: &Condition) -> Result<Node> {
-        let outcome = match &inner.base {
+        let outcome = match inner.base.clone() {
             Some(base) if !inner.data_dirty => {
-                let from = (&base.locator, &base.version);
-                self.objects.copy(from, &inner.locator, Some(&inner.metadata), condition).await
+                let metadata = self.mark(inner);
+                self.objects.copy((&base.locator, &base.version), &inner.locator, Some(&metadata), condition).await
             }
             _ if inner.draft.size() <= PUT_BYTES_MAX => {
                 self.drop_stream(inner).await;
-                self.put(inner, condition).await
+                let metadata = self.mark(inner);
+                self.put(inner, &metadata, condition).await
             }
             _ => self.upload(inner, condition).await,
         };
@@ -124,11 +144,18 @@ impl Core {
         outcome.map_err(|e| if gone(&e) { Error::new(Kind::Conflict, "the file was changed").caused_by(e) } else { e })
     }
 
-    async fn put(&self, inner: &Inner, condition: &Condition) -> Result<Node> {
+    /// Metadata for an attempt, of which a successor will know.
+    fn mark(&self, inner: &mut Inner) -> Metadata {
+        let metadata = inner.marked();
+        self.note_now(inner);
+        metadata
+    }
+
+    async fn put(&self, inner: &Inner, metadata: &Metadata, condition: &Condition) -> Result<Node> {
         let size = inner.draft.size();
         let _room = self.room(size).await?;
         let body = if size > 0 { inner.content(self, 0..size).await? } else { Vec::new() };
-        self.objects.put(&inner.locator, body, &inner.metadata, condition).await
+        self.objects.put(&inner.locator, body, metadata, condition).await
     }
 
     async fn upload(&self, inner: &mut Inner, condition: &Condition) -> Result<Node> {
@@ -138,23 +165,26 @@ impl Core {
             outcome = self.upload_once(inner, condition).await;
         }
         let (node, given) = outcome?;
-        let wanted = &inner.metadata;
+        let wanted = inner.metadata.clone();
         let late = Metadata { mtime: wanted.mtime, ..given.clone() };
-        if given.mtime.is_none() && wanted.mtime == inner.changed && late == *wanted {
+        if given.mtime.is_none() && wanted.mtime == inner.changed && late == wanted {
             // Only the time of the last write came after the beginning: the store's own is as good.
             inner.metadata.mtime = None;
-        } else if given != *wanted {
+        } else if given != wanted {
             let ours = Condition::Version(node.version.clone());
-            return self.objects.copy((&node.locator, &node.version), &inner.locator, Some(wanted), &ours).await;
+            let metadata = self.mark(inner);
+            return self.objects.copy((&node.locator, &node.version), &inner.locator, Some(&metadata), &ours).await;
         }
         Ok(node)
     }
 
     async fn upload_once(&self, inner: &mut Inner, condition: &Condition) -> Result<(Node, Metadata)> {
         if inner.stream.is_none() {
-            let upload = self.begin(&inner.locator, &inner.metadata).await?;
+            let metadata = inner.marked();
+            let upload = self.begin(&inner.locator, &metadata).await?;
             inner.stream = Some(Stream::new(upload, inner.metadata.clone()));
         }
+        self.note_now(inner);
         let outcome = self.upload_parts(inner, condition).await;
         match &outcome {
             Ok(_) => drop(inner.stream.take().map(|s| self.ended(&s.upload))),

@@ -47,6 +47,11 @@ impl Draft {
         self.base_len = self.base_len.min(size);
     }
 
+    /// What is staged: starts and ends, in order.
+    pub(super) fn extents(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.extents.iter().map(|(start, end)| (*start, *end))
+    }
+
     /// How far it is staged without a gap from its start.
     pub(super) fn staged_to(&self) -> u64 {
         self.extents.get(&0).copied().unwrap_or(0)

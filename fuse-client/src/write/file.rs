@@ -2,15 +2,16 @@
 
 use super::draft::{Draft, Piece};
 use super::meta::{self, now};
-use super::staging::Staging;
+use super::staging::{Place, Staging};
 use super::stream::Stream;
-use super::{Core, split};
+use super::{Core, kept, split};
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use efc_backend::objects::{Condition, Metadata};
+use efc_backend::objects::{Condition, MARK, Metadata, new_mark};
 use efc_backend::tree::{Allocate, Change, OpenFile};
 use efc_common::node::{Attr, Node, Time};
 use efc_common::{Error, Kind, Result};
+use efc_proto::state;
 use futures::TryStreamExt;
 use parking_lot::Mutex;
 use std::any::Any;
@@ -23,6 +24,9 @@ pub(super) const FILE_BYTES_MAX: u64 = (1000 * 8 + 9000 * 64) << 20;
 /// An open file that is removed keeps its bytes up to this length; reading a longer one then ends with ESTALE.
 const HOLD_BYTES_MAX: u64 = 64 << 20;
 
+/// So many attempts to bring a file to the store are remembered whose ends are not known.
+const ATTEMPTS_MAX: usize = 8;
+
 /// The object a draft changes.
 #[derive(Debug, Clone)]
 pub(super) struct Base {
@@ -33,6 +37,8 @@ pub(super) struct Base {
 
 /// What is locked together.
 pub(super) struct Inner {
+    /// Of the file, in all processes of the mount.
+    pub(super) number: u64,
     pub(super) locator: Bytes,
     pub(super) dir: Bytes,
     pub(super) name: Bytes,
@@ -48,6 +54,8 @@ pub(super) struct Inner {
     pub(super) data_dirty: bool,
     pub(super) meta_dirty: bool,
     pub(super) stream: Option<Stream>,
+    /// Marks of what was begun to bring it to the store, as long as the end is not known.
+    pub(super) attempts: Vec<String>,
     pub(super) removed: bool,
     /// Counts changes of the content, over all files.
     edition: u64,
@@ -61,6 +69,7 @@ struct Shown {
 
 /// The state of one file.
 pub(super) struct FileState {
+    number: u64,
     pub(super) inner: tokio::sync::Mutex<Inner>,
     shown: Mutex<Shown>,
     /// Changed under the lock of the table of files.
@@ -87,7 +96,9 @@ impl FileState {
 
     fn new(core: &Core, locator: &Bytes, (dir, name): (&Bytes, &Bytes), new: Option<Metadata>) -> Arc<FileState> {
         let made = new.is_some();
+        let number = core.next_number.fetch_add(1, Relaxed);
         let inner = Inner {
+            number,
             locator: locator.clone(),
             dir: dir.clone(),
             name: name.clone(),
@@ -97,15 +108,63 @@ impl FileState {
             metadata: new.unwrap_or_default(),
             changed: made.then(now),
             draft: Draft::new(0),
-            staging: Staging::new(core.space.clone()),
+            staging: Staging::new(core.space.clone(), number),
             data_dirty: made,
             meta_dirty: made,
             stream: None,
+            attempts: Vec::new(),
             removed: false,
             edition: meta::edition(),
         };
-        let shown = Shown { node: inner.node(core), dirty: made };
+        if made {
+            core.note(&inner);
+        }
+        FileState::of(core, inner)
+    }
+
+    /// As a predecessor wrote it down; `place`: where it has staged it.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] for what none wrote, or where the bytes are gone.
+    pub(super) fn inherited(core: &Core, draft: &state::Draft, place: Option<Place>) -> Result<Arc<FileState>> {
+        let map = kept::map(draft)?;
+        let staged: u64 = map.extents().map(|(start, end)| end - start).sum();
+        let end = map.extents().last().map_or(0, |(_, end)| end);
+        let number = draft.number;
+        let staging = match place {
+            Some(place) => Staging::inherited(core.space.clone(), number, place, staged, end),
+            None if end == 0 => Staging::new(core.space.clone(), number),
+            None => return Err(Error::new(Kind::Corrupt, "what was staged is gone")),
+        };
+        let inner = Inner {
+            number,
+            locator: draft.locator.clone(),
+            dir: draft.dir.clone(),
+            name: draft.name.clone(),
+            loaded: true,
+            base: kept::base(draft),
+            condition: kept::condition(draft),
+            metadata: kept::metadata(draft),
+            changed: kept::time(draft.changed),
+            draft: map,
+            staging,
+            data_dirty: draft.data_dirty,
+            meta_dirty: draft.meta_dirty,
+            stream: None,
+            attempts: draft.attempts.clone(),
+            removed: draft.removed,
+            edition: meta::edition(),
+        };
+        if let Some(kept) = core.space.kept() {
+            kept.inherit(&inner);
+        }
+        Ok(FileState::of(core, inner))
+    }
+
+    fn of(core: &Core, inner: Inner) -> Arc<FileState> {
+        let shown = Shown { node: inner.node(core), dirty: inner.is_dirty() };
         Arc::new(FileState {
+            number: inner.number,
             inner: tokio::sync::Mutex::new(inner),
             shown: Mutex::new(shown),
             opens: AtomicUsize::new(0),
@@ -133,13 +192,31 @@ impl FileState {
         self.shown.lock().dirty
     }
 
+    /// Is it open?
+    pub(super) fn is_open(&self) -> bool {
+        self.opens.load(Relaxed) > 0
+    }
+
     /// Is it open by more than one descriptor (or caller)?
     pub(super) fn is_shared(&self) -> bool {
         self.opens.load(Relaxed) > 1
     }
 
-    /// Tells others what it is now.
+    /// Tells others what it is now, a successor too.
     pub(super) fn show(self: &Arc<Self>, core: &Core, inner: &Inner) -> Node {
+        core.note(inner);
+        self.shown_now(core, inner)
+    }
+
+    /// The same after nothing but this was written.
+    fn show_written(self: &Arc<Self>, core: &Core, inner: &Inner, range: &Range<u64>) -> Node {
+        if !core.space.kept().is_some_and(|kept| kept.wrote(inner, range)) {
+            core.note(inner);
+        }
+        self.shown_now(core, inner)
+    }
+
+    fn shown_now(self: &Arc<Self>, core: &Core, inner: &Inner) -> Node {
         let node = inner.node(core);
         let was = {
             let mut shown = self.shown.lock();
@@ -181,7 +258,20 @@ impl Inner {
         self.base = Some(Base { locator: node.locator.clone(), version: node.version.clone(), mtime: node.attr.mtime });
         self.draft = Draft::new(node.attr.size);
         self.staging.clear();
+        self.attempts.clear();
         (self.metadata, self.loaded, self.data_dirty, self.meta_dirty) = (metadata, true, false, false);
+    }
+
+    /// Its metadata with the mark of another attempt to bring it to the store.
+    pub(super) fn marked(&mut self) -> Metadata {
+        let mark = new_mark();
+        let mut metadata = self.metadata.clone();
+        metadata.other.insert(MARK.into(), mark.clone());
+        if self.attempts.len() >= ATTEMPTS_MAX {
+            self.attempts.remove(0);
+        }
+        self.attempts.push(mark);
+        metadata
     }
 
     /// Content was changed.
@@ -408,13 +498,14 @@ impl OpenFile for Open {
             Some(end) if end <= FILE_BYTES_MAX => {}
             _ => return Err(too_large()),
         }
+        let range = offset..offset + data.len() as u64;
         if let Err(e) = inner.stage(offset, data.clone()).await {
             self.make_room(&mut inner, e).await?;
             inner.stage(offset, data).await?;
         }
         inner.touch();
         self.advance(&mut inner).await;
-        Ok(self.state.show(&self.core, &inner))
+        Ok(self.state.show_written(&self.core, &inner, &range))
     }
 
     async fn sync(&self, _data_only: bool) -> Result<Node> {
@@ -495,16 +586,27 @@ impl OpenFile for Open {
             return Err(unsupported());
         }
         let condition = inner.base.as_ref().map_or(inner.condition.clone(), |b| Condition::Version(b.version.clone()));
+        let earlier = inner.attempts.clone();
         inner.touch();
-        let metadata = inner.metadata.clone();
+        let metadata = inner.marked();
+        self.core.note_now(&inner);
         let from = (&base.locator, &base.version);
-        let node = self.core.objects.copy(from, &inner.locator, Some(&metadata), &condition).await?;
+        let node = match self.core.objects.copy(from, &inner.locator, Some(&metadata), &condition).await {
+            Err(e) if e.is(Kind::Conflict) => {
+                self.core.objects.made_by(&inner.locator, &earlier).await?.map(|(node, _)| node).ok_or(e)?
+            }
+            other => other?,
+        };
         self.committed(&mut inner, &node);
         Ok((size, self.state.show(&self.core, &inner)))
     }
 
     async fn seek(&self, _offset: u64, _hole: bool) -> Result<u64> {
         Err(Error::new(Kind::Unsupported, "the store knows no holes"))
+    }
+
+    fn number(&self) -> u64 {
+        self.state.number
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -40,9 +40,15 @@ impl Core {
         [&self.root[..], OWN_PREFIX, b"/", kind.as_bytes()].concat().into()
     }
 
-    /// A name that no journal has.
+    /// A name that no journal has. It begins with this mount's [`Core::own_journals`].
     pub(super) fn new_journal(&self, kind: &str) -> Bytes {
-        self.journals(&format!("{kind}{:016x}", rand::random::<u64>()))
+        let own = self.own_journals(kind);
+        [&own[..], format!("{:016x}", rand::random::<u64>()).as_bytes()].concat().into()
+    }
+
+    /// Where journals of this mount lie, through all its processes.
+    pub(super) fn own_journals(&self, kind: &str) -> Bytes {
+        self.journals(&format!("{kind}{:016x}-", self.owner))
     }
 
     /// Writes a journal. Its new version; [`Kind::Conflict`] when somebody has taken it over.

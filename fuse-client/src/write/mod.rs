@@ -5,6 +5,7 @@
 //!   at `close` or `fsync` (`commit`), with write-back soon after `close` (`later`); long sequential writes are uploaded behind the writer (`stream`); `ledger` has the
 //!   uploads that are open.
 //! - `names` are the names this mount has changed and listings do not show yet; `meta` is what is known of modes, owners and times.
+//! - `kept`: what a successor of this process has to know of drafts.
 //! - `paths` makes, removes and renames; `rename` moves directories, with a `journal` at the store; `view` is the store as read through all this.
 //!
 //! Locators are keys. A draft's version token is the mount's own and means nothing to others; an object's is the store's.
@@ -14,6 +15,7 @@ mod commit;
 mod draft;
 mod file;
 mod journal;
+mod kept;
 mod later;
 mod ledger;
 mod meta;
@@ -26,24 +28,29 @@ mod stream;
 mod tests;
 mod view;
 
+pub use kept::Kept;
 pub use staging::Space;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use efc_backend::DynBackend;
 use efc_backend::objects::{DynObjects, Metadata, ObjectLimits};
-use efc_backend::tree::{Change, New, NewNode, OpenFile, Pending, RenameMode, Tree};
+use efc_backend::tree::{Change, DynTree, New, NewNode, OpenFile, Pending, RenameMode, Tree};
+use efc_backend::{Backend as _, DynBackend};
 use efc_common::node::{FileKind, Node};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
-use file::{FileState, Open};
+use efc_proto::state;
+use file::{FileState, Inner, Open};
 use later::Later;
 use ledger::Ledger;
 use meta::Knowledge;
 use names::Overlay;
 use parking_lot::Mutex;
+use staging::Place;
 use std::collections::HashMap;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use tokio::sync::{OnceCell, Semaphore};
 
@@ -51,12 +58,19 @@ use tokio::sync::{OnceCell, Semaphore};
 pub const OWN_PREFIX: &[u8] = b".efc";
 /// For the ledger of open uploads to be taken away when the mount ends.
 const GOODBYE: Duration = Duration::from_secs(2);
+/// For what a predecessor has written to be brought to the store: its leases end 10 s after their last renewal.
+const RESUME_PATIENCE: Duration = Duration::from_secs(4);
 /// Unit of what may be on its way to the store at once, bytes.
 const UPLOAD_UNIT: u64 = 1 << 20;
 /// So many of these: 64 MiB.
 const UPLOAD_UNITS: usize = 64;
 /// Version tokens of drafts begin so, which no store's do.
 const DRAFT_VERSION: &[u8] = b"\xffdraft-";
+
+/// Is it the version of a file that its store does not have yet?
+pub fn is_draft(version: &Bytes) -> bool {
+    version.starts_with(DRAFT_VERSION)
+}
 
 /// What the files and directories of one mount share.
 pub(crate) struct Core {
@@ -71,25 +85,33 @@ pub(crate) struct Core {
     later: Option<Later>,
     limits: OnceCell<ObjectLimits>,
     ledger: Ledger,
+    /// Of this process.
     instance: u64,
+    /// Of all processes of the mount, one after the other.
+    owner: u64,
+    next_number: AtomicU64,
+    /// Files of a predecessor, by number, until its handles are opened again.
+    inherited: Mutex<HashMap<u64, Arc<FileState>>>,
 }
 
 /// The tree of an object store, and its view.
 #[derive(Clone)]
 pub struct ObjectTree {
     core: Arc<Core>,
+    /// What it is asked to do may have been done already by a process that died.
+    is_in_doubt: bool,
 }
 
 impl ObjectTree {
     /// A tree over `objects`, which `backend` reads; `root` is the mounted directory. Names and metadata are believed for `ttl`. `later`: owner of the tasks that commit
-    /// closed files behind their writers; `None`: `close` waits for that.
+    /// closed files behind their writers; `None`: `close` waits for that. `owner`: the mount's, through all its processes.
     pub fn new(
-        objects: DynObjects,
-        backend: DynBackend,
+        (objects, backend): (DynObjects, DynBackend),
         root: Bytes,
         space: Arc<Space>,
         ttl: Duration,
         later: Option<TaskGroup>,
+        owner: u64,
     ) -> ObjectTree {
         let core = Core {
             objects,
@@ -104,12 +126,102 @@ impl ObjectTree {
             limits: OnceCell::new(),
             ledger: Ledger::default(),
             instance: rand::random(),
+            owner,
+            next_number: AtomicU64::new(1),
+            inherited: Mutex::default(),
         };
-        ObjectTree { core: Arc::new(core) }
+        ObjectTree { core: Arc::new(core), is_in_doubt: false }
+    }
+
+    /// From now on `kept` is told of drafts. `drafts`: what a predecessor had, some of them in `files`. To be called before anything is changed; then [`ObjectTree::resume`] for
+    /// each open file of the predecessor, and [`ObjectTree::resumed`].
+    pub fn keep(&self, kept: Arc<Kept>, drafts: &[state::Draft], mut files: HashMap<u64, OwnedFd>) {
+        let core = &self.core;
+        core.space.tell(kept.clone());
+        if !drafts.is_empty() {
+            // Listings that were made before the predecessor's last changes are not to be believed.
+            core.names.replaced(&core.root);
+        }
+        for draft in drafts {
+            core.next_number.fetch_max(draft.number + 1, Relaxed);
+            let file = files.remove(&draft.number).map(Place::File);
+            match FileState::inherited(core, draft, draft.slot.map(Place::Slot).or(file)) {
+                Ok(file) => {
+                    if file.is_dirty() {
+                        core.files.lock().insert(draft.locator.clone(), file.clone());
+                        core.names.draft(&draft.dir, &draft.name, file.clone());
+                    }
+                    core.inherited.lock().insert(draft.number, file);
+                }
+                Err(e) => {
+                    tracing::error!(key = %draft.locator.escape_ascii(), error = %e, "what was written to a file is lost");
+                    kept.lost(draft.number);
+                }
+            }
+        }
+        files.into_keys().for_each(|number| kept.lost(number));
+    }
+
+    /// The open file that a predecessor knew by this number, if it had changes.
+    pub fn resume(&self, number: u64) -> Option<Arc<dyn OpenFile>> {
+        let file = self.core.inherited.lock().get(&number).cloned()?;
+        Some(Arc::new(self.core.open_again(&file)))
+    }
+
+    /// The predecessor's handles are open again. Files that nobody has open go to the store; with `all` the others too, as long as the leases of the predecessor protect them: its
+    /// successor begins without.
+    pub async fn resumed(&self, all: bool) {
+        let inherited = std::mem::take(&mut *self.core.inherited.lock());
+        let (now, later): (Vec<_>, Vec<_>) = inherited.into_values().filter(|f| f.is_dirty()).partition(|_| all);
+        // Without write-back it waits for who opens it, as it did before.
+        later.iter().filter(|f| !f.is_open()).for_each(|f| {
+            self.core.commit_later(f);
+        });
+        if now.is_empty() {
+            return;
+        }
+        let files = now.len();
+        match tokio::time::timeout(RESUME_PATIENCE, self.core.commit_all(now)).await {
+            Ok(Ok(())) => tracing::info!(files, "files that were being written are at the store"),
+            Ok(Err(e)) => tracing::warn!(error = %e, "a file that was being written is not at the store yet"),
+            Err(_) => tracing::warn!(
+                files,
+                "files that were being written are long: others may change them before they are at the store"
+            ),
+        }
+    }
+
+    /// Everything that is written down.
+    pub fn checkpoint(&self) -> Vec<state::Draft> {
+        self.core.space.kept().map(|kept| kept.checkpoint()).unwrap_or_default()
+    }
+
+    /// The mount's number, through all its processes.
+    pub fn owner(&self) -> u64 {
+        self.core.owner
+    }
+
+    /// The memory in which files are staged, for a successor.
+    pub fn staging(&self) -> BorrowedFd<'_> {
+        self.core.space.fd()
     }
 }
 
 impl Core {
+    /// Writes down what a file is now.
+    fn note(&self, inner: &Inner) {
+        let Some(kept) = self.space.kept() else { return };
+        if inner.is_dirty() || inner.removed { kept.note(inner) } else { kept.settled(inner.number) }
+    }
+
+    /// The same before something is done that a successor has to know of.
+    fn note_now(&self, inner: &Inner) {
+        self.note(inner);
+        if let Some(kept) = self.space.kept() {
+            kept.commit();
+        }
+    }
+
     async fn limits(&self) -> Result<ObjectLimits> {
         self.limits.get_or_try_init(|| self.objects.limits()).await.copied()
     }
@@ -195,6 +307,22 @@ fn split(locator: &Bytes) -> (Bytes, Bytes) {
     (locator.slice(..at), name.into())
 }
 
+impl ObjectTree {
+    /// Is a node what making this gives?
+    async fn is_made(&self, node: &Node, new: &NewNode) -> Result<bool> {
+        let kind = match &new.what {
+            New::File => FileKind::File,
+            New::Directory => FileKind::Directory,
+            New::Symlink(target) if node.attr.kind == FileKind::Symlink => {
+                return Ok(self.readlink(&node.locator).await? == *target);
+            }
+            _ => return Ok(false),
+        };
+        let owner = (node.attr.uid, node.attr.gid) == (Some(new.uid), Some(new.gid));
+        Ok(node.attr.kind == kind && owner && node.attr.mode == Some(new.mode & 0o7777))
+    }
+}
+
 fn absent_is_none<T>(answer: Result<T>) -> Result<Option<T>> {
     match answer {
         Ok(found) => Ok(Some(found)),
@@ -221,6 +349,10 @@ impl Tree for ObjectTree {
         true
     }
 
+    fn in_doubt(&self) -> Option<DynTree> {
+        Some(Arc::new(ObjectTree { core: self.core.clone(), is_in_doubt: true }))
+    }
+
     fn overlay(&self, dir: &Bytes, asked: Instant) -> Vec<(Bytes, Option<Node>)> {
         self.core.names.all(dir, asked)
     }
@@ -234,7 +366,7 @@ impl Tree for ObjectTree {
     }
 
     fn complete_now(&self, node: &Node) -> Option<Node> {
-        if node.version.starts_with(DRAFT_VERSION) {
+        if is_draft(&node.version) {
             return Some(node.clone());
         }
         let known = self.core.known.get(&node.locator, &node.version)?;
@@ -305,13 +437,20 @@ impl Tree for ObjectTree {
                 "names that begin with .efc are EFC's own at the root of a mount",
             ));
         }
-        match &new.what {
+        let made = match &new.what {
             New::File => self.core.create_file(dir, name, new).await,
             New::Directory => self.core.create_directory(dir, name, new).await,
             New::Symlink(target) => self.core.create_link(dir, name, target, new).await,
             New::Fifo => Err(has_none("FIFOs")),
             New::Socket => Err(has_none("sockets")),
             New::CharDevice(_) | New::BlockDevice(_) => Err(has_none("device nodes")),
+        };
+        match made {
+            Err(e) if self.is_in_doubt && e.is(Kind::AlreadyExists) => {
+                let node = self.lookup(dir, name).await?;
+                if self.is_made(&node, new).await? { Ok(node) } else { Err(e) }
+            }
+            other => other,
         }
     }
 
@@ -333,7 +472,10 @@ impl Tree for ObjectTree {
                 "names that begin with .efc are EFC's own at the root of a mount",
             ));
         }
-        self.core.rename(from, to, mode == RenameMode::NoReplace).await
+        match self.core.rename(from, to, mode == RenameMode::NoReplace, self.is_in_doubt).await {
+            Err(e) if self.is_in_doubt && e.is(Kind::NotFound) => self.lookup(to.0, to.1).await.map_err(|_| e),
+            other => other,
+        }
     }
 
     async fn set_attr(&self, locator: &Bytes, change: &Change) -> Result<Node> {

@@ -122,6 +122,18 @@ impl Core {
         if inner.draft.needs_base() { inner.hold(self).await } else { Ok(()) }
     }
 
+    /// Does what takes the name of a detached file. Who takes over in the middle finds it without.
+    async fn take_name<T>(&self, open: &Open, inner: &mut Inner, taking: impl Future<Output = Result<T>>) -> Result<T> {
+        inner.removed = true;
+        self.note_now(inner);
+        let taken = taking.await;
+        if taken.is_err() {
+            inner.removed = false;
+            open.state.show(self, inner);
+        }
+        taken
+    }
+
     /// To be called when its key is removed or taken by another.
     fn nameless(&self, open: &Open, inner: &mut Inner) {
         inner.removed = true;
@@ -140,12 +152,9 @@ impl Core {
             let mut inner = open.state.inner.lock().await;
             if !inner.removed {
                 self.detach(&open, &mut inner).await?;
-                if inner.loaded && inner.base.is_none() {
-                    self.nameless(&open, &mut inner);
-                    self.names.gone(dir, &known);
-                    return Ok(());
+                if !inner.loaded || inner.base.is_some() || !inner.attempts.is_empty() {
+                    self.take_name(&open, &mut inner, self.delete_one(dir, &locator)).await?;
                 }
-                self.delete_one(dir, &locator).await?;
                 self.nameless(&open, &mut inner);
                 self.names.gone(dir, &known);
                 return Ok(());
@@ -217,6 +226,7 @@ impl Core {
         from: (&Bytes, &[u8]),
         to: (&Bytes, &[u8]),
         no_replace: bool,
+        is_in_doubt: bool,
     ) -> Result<Node> {
         if no_replace {
             self.is_free(to.0, to.1)?;
@@ -247,11 +257,13 @@ impl Core {
             let second = replaced.state.inner.lock().await;
             (moved.state.inner.lock().await, second)
         };
+        self.look_for_attempts(&mut inner).await?;
         if inner.base.is_some() && inner.is_dirty() {
             moved.commit(&mut inner).await?;
         }
         self.detach(&replaced, &mut old).await?;
-        self.move_file(&moved, &mut inner, &target, no_replace).await?;
+        let moving = self.move_file(&moved, &mut inner, &target, no_replace, is_in_doubt);
+        self.take_name(&replaced, &mut old, moving).await?;
         self.nameless(&replaced, &mut old);
         (inner.dir, inner.name) = (to.0.clone(), Bytes::copy_from_slice(to.1));
         self.moved(&source, &moved.state, &mut inner);
@@ -274,8 +286,15 @@ impl Core {
         Ok(self.known.dir(&below).is_some())
     }
 
-    /// Gives the content of a file its new key.
-    async fn move_file(&self, open: &Open, inner: &mut Inner, target: &Bytes, no_replace: bool) -> Result<()> {
+    /// Gives the content of a file its new key. In doubt: it may have it already, besides its old one.
+    async fn move_file(
+        &self,
+        open: &Open,
+        inner: &mut Inner,
+        target: &Bytes,
+        no_replace: bool,
+        is_in_doubt: bool,
+    ) -> Result<()> {
         let condition = if no_replace { Condition::Absent } else { Condition::Any };
         let Some(base) = inner.base.clone() else {
             if no_replace && absent_is_none(self.objects.head(target).await)?.is_some() {
@@ -287,7 +306,14 @@ impl Core {
             return Ok(());
         };
         let from = (&base.locator, &base.version);
-        let node = self.objects.copy(from, target, None, &condition).await.map_err(taken)?;
+        let copied = self.objects.copy(from, target, None, &condition).await;
+        let node = match copied.map_err(taken) {
+            Err(e) if is_in_doubt && e.is(Kind::AlreadyExists) => {
+                let there = absent_is_none(self.objects.head(target).await)?.map(|(node, _)| node);
+                there.filter(|node| node.version == base.version).ok_or(e)?
+            }
+            other => other?,
+        };
         self.delete_one(&inner.dir.clone(), &inner.locator.clone()).await?;
         inner.locator = target.clone();
         open.committed(inner, &node);

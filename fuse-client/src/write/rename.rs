@@ -260,6 +260,19 @@ impl Core {
 }
 
 impl ObjectTree {
+    /// Ends renames of directories that a predecessor of this process has begun.
+    ///
+    /// # Errors
+    /// What the store said.
+    pub async fn recover_own_renames(&self) -> Result<()> {
+        let core = &self.core;
+        let own = core.own_journals(KIND);
+        for locator in core.all_below(&core.journals("")).await?.iter().filter(|k| k.starts_with(&own)) {
+            core.recover(locator, Duration::ZERO).await?;
+        }
+        Ok(())
+    }
+
     /// Ends renames of directories that were cut short and whose mounts have not been heard of for `dead_after`. How many are left because they may be under way.
     ///
     /// # Errors

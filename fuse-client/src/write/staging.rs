@@ -1,19 +1,25 @@
 //! Where bytes wait that the store does not have yet: small files in memory, larger ones in an unlinked sparse file of the staging directory.
 //!
 //! Both are bounded for the whole mount. Memory that is spent sends a file to disk; disk that is spent is ENOSPC, and then the file goes to the store before its time. What is
-//! staged does not survive the process: a file is at the store when `close(2)` or `fsync(2)` has said so.
+//! staged outlives the process where somebody holds it (`kept`), and never the node: a file is at the store when `close(2)` or `fsync(2)` has said so.
+//!
+//! The memory is one sparse file in memory (memfd) of slots of 1 MiB, a file of the mount in each. It is read and written by system calls: a copy is made in any case.
 //!
 //! What was written last, in order, is also kept as it came, as long as memory is not scarce: who uploads behind the writer sends these very bytes.
 
+use super::kept::Kept;
 use bytes::Bytes;
 use efc_common::{Error, Kind, Result};
-use std::collections::VecDeque;
+use parking_lot::Mutex;
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
+use std::collections::{HashSet, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 
 /// Files up to this length may stay in memory, bytes.
 const MEMORY_FILE_MAX: u64 = 1 << 20;
@@ -26,6 +32,62 @@ pub struct Space {
     dir: PathBuf,
     memory: Quota,
     disk: Quota,
+    slots: Slots,
+    /// Who is told of what is staged.
+    kept: OnceLock<Arc<Kept>>,
+}
+
+/// The memory.
+#[derive(Debug)]
+struct Slots {
+    file: File,
+    free: Mutex<FreeSlots>,
+}
+
+#[derive(Debug, Default)]
+struct FreeSlots {
+    /// From here on none was ever used.
+    next: u32,
+    free: Vec<u32>,
+}
+
+impl Slots {
+    fn new() -> Result<Slots> {
+        let file = memfd_create("efc-drafts", MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
+        Ok(Slots { file: file.into(), free: Mutex::default() })
+    }
+
+    /// Those of a predecessor, of which some are in use.
+    fn inherited(file: File, used: &HashSet<u32>) -> Result<Slots> {
+        let next = used.iter().max().map_or(0, |last| last + 1);
+        file.set_len(at(next))?;
+        let slots = Slots { file, free: Mutex::new(FreeSlots { next, free: Vec::new() }) };
+        (0..next).filter(|n| !used.contains(n)).for_each(|n| slots.give(n));
+        Ok(slots)
+    }
+
+    fn take(&self) -> u32 {
+        let mut free = self.free.lock();
+        free.free.pop().unwrap_or_else(|| {
+            free.next += 1;
+            free.next - 1
+        })
+    }
+
+    fn give(&self, slot: u32) {
+        // What is left there costs memory, and is never read.
+        if let Err(e) =
+            fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at(slot), MEMORY_FILE_MAX)
+        {
+            tracing::debug!(error = %e, "memory of a draft is not given back");
+        }
+        self.free.lock().free.push(slot);
+    }
+}
+
+/// Where a slot lies.
+fn at(slot: u32) -> u64 {
+    u64::from(slot) * MEMORY_FILE_MAX
 }
 
 #[derive(Debug)]
@@ -47,9 +109,40 @@ impl Quota {
 
 impl Space {
     /// At most `memory` bytes in memory and `disk` bytes in `dir`, which is made when it is needed.
-    pub fn new(dir: PathBuf, memory: u64, disk: u64) -> Arc<Space> {
+    ///
+    /// # Errors
+    /// Want of memory or descriptors.
+    pub fn new(dir: PathBuf, memory: u64, disk: u64) -> Result<Arc<Space>> {
+        Ok(Arc::new(Space::with(dir, memory, disk, Slots::new()?)))
+    }
+
+    /// The same, with the memory of a predecessor, of which the slots `used` hold something.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn inherited(dir: PathBuf, memory: u64, disk: u64, file: File, used: &HashSet<u32>) -> Result<Arc<Space>> {
+        Ok(Arc::new(Space::with(dir, memory, disk, Slots::inherited(file, used)?)))
+    }
+
+    fn with(dir: PathBuf, memory: u64, disk: u64, slots: Slots) -> Space {
         let quota = |total| Quota { used: AtomicU64::new(0), total };
-        Arc::new(Space { dir, memory: quota(memory), disk: quota(disk) })
+        Space { dir, memory: quota(memory), disk: quota(disk), slots, kept: OnceLock::new() }
+    }
+
+    /// The memory, for a successor.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.slots.file.as_fd()
+    }
+
+    /// From now on `kept` is told of what is staged.
+    pub(super) fn tell(&self, kept: Arc<Kept>) {
+        // Once, when the mount begins.
+        let _ = self.kept.set(kept);
+    }
+
+    /// Who is told of what is staged.
+    pub(super) fn kept(&self) -> Option<&Arc<Kept>> {
+        self.kept.get()
     }
 
     /// Is half of the memory taken?
@@ -70,7 +163,10 @@ impl Space {
 }
 
 enum Store {
-    Memory(Vec<u8>),
+    /// Nothing is staged.
+    None,
+    /// In this slot, up to there.
+    Memory(u32, u64),
     File(Arc<File>),
 }
 
@@ -132,6 +228,8 @@ impl Recent {
 /// The staged bytes of one file, each at its place.
 pub(super) struct Staging {
     space: Arc<Space>,
+    /// The file's number.
+    number: u64,
     store: Store,
     held: u64,
     recent: Recent,
@@ -139,19 +237,37 @@ pub(super) struct Staging {
 
 impl Staging {
     /// Nothing is staged.
-    pub(super) fn new(space: Arc<Space>) -> Staging {
-        Staging { space, store: Store::Memory(Vec::new()), held: 0, recent: Recent::default() }
+    pub(super) fn new(space: Arc<Space>, number: u64) -> Staging {
+        Staging { space, number, store: Store::None, held: 0, recent: Recent::default() }
+    }
+
+    /// What a predecessor has staged: `bytes`, up to `end`.
+    pub(super) fn inherited(space: Arc<Space>, number: u64, place: Place, bytes: u64, end: u64) -> Staging {
+        let (quota, store, held) = match place {
+            Place::Slot(slot) => (&space.memory, Store::Memory(slot, end), end),
+            Place::File(file) => (&space.disk, Store::File(Arc::new(file.into())), bytes),
+        };
+        // It is there, whatever was granted.
+        quota.used.fetch_add(held, Relaxed);
+        Staging { space, number, store, held, recent: Recent::default() }
+    }
+
+    /// Where in memory it is.
+    pub(super) fn slot(&self) -> Option<u32> {
+        if let Store::Memory(slot, _) = self.store { Some(slot) } else { None }
+    }
+
+    /// Is it in a file?
+    pub(super) fn has_file(&self) -> bool {
+        matches!(self.store, Store::File(_))
     }
 
     /// Stages `data` at `offset`; `grown` bytes of it were not staged before.
     pub(super) async fn write(&mut self, offset: u64, data: Bytes, grown: u64) -> Result<()> {
-        let end = offset + data.len() as u64;
-        self.room(end, grown).await?;
-        match &mut self.store {
-            Store::Memory(all) => {
-                all[offset as usize..end as usize].copy_from_slice(&data);
-                Ok(())
-            }
+        self.room(offset + data.len() as u64, grown).await?;
+        match &self.store {
+            Store::None => Ok(()),
+            Store::Memory(slot, _) => Ok(self.space.slots.file.write_all_at(&data, at(*slot) + offset)?),
             Store::File(file) => {
                 if offset != self.recent.end {
                     self.recent.forget(&self.space);
@@ -168,10 +284,10 @@ impl Staging {
     pub(super) async fn zero(&mut self, range: Range<u64>, grown: u64) -> Result<()> {
         self.room(range.end, grown).await?;
         self.recent.forget(&self.space);
-        match &mut self.store {
-            Store::Memory(all) => {
-                all[range.start as usize..range.end as usize].fill(0);
-                Ok(())
+        match &self.store {
+            Store::None => Ok(()),
+            Store::Memory(slot, _) => {
+                Ok(zero_file(&self.space.slots.file, at(*slot) + range.start..at(*slot) + range.end)?)
             }
             Store::File(file) => {
                 let file = file.clone();
@@ -190,25 +306,13 @@ impl Staging {
 
     async fn read(&self, range: Range<u64>) -> Result<Bytes> {
         match &self.store {
-            Store::Memory(all) => {
-                let part = all.get(range.start as usize..range.end as usize);
-                part.map(Bytes::copy_from_slice).ok_or_else(|| Error::new(Kind::Corrupt, "not staged"))
+            Store::Memory(slot, end) if range.end <= *end => {
+                Ok(read_whole(&self.space.slots.file, at(*slot) + range.start..at(*slot) + range.end)?)
             }
+            Store::None | Store::Memory(..) => Err(Error::new(Kind::Corrupt, "not staged")),
             Store::File(file) => {
                 let file = file.clone();
-                blocking(move || {
-                    let mut data = vec![0; (range.end - range.start) as usize];
-                    // A hole at the end of the sparse file is not in it.
-                    let mut at = 0;
-                    while at < data.len() {
-                        match file.read_at(&mut data[at..], range.start + at as u64)? {
-                            0 => break,
-                            n => at += n,
-                        }
-                    }
-                    Ok(Bytes::from(data))
-                })
-                .await
+                blocking(move || read_whole(&file, range)).await
             }
         }
     }
@@ -226,19 +330,30 @@ impl Staging {
     /// Forgets everything.
     pub(super) fn clear(&mut self) {
         self.recent.forget(&self.space);
-        match &self.store {
-            Store::Memory(_) => self.space.memory.give(self.held),
+        if let Some(kept) = self.space.kept() {
+            kept.settled(self.number);
+        }
+        match std::mem::replace(&mut self.store, Store::None) {
+            Store::None => {}
+            Store::Memory(slot, _) => self.give(slot),
             Store::File(_) => self.space.disk.give(self.held),
         }
         self.held = 0;
-        self.store = Store::Memory(Vec::new());
+    }
+
+    /// Gives its memory back.
+    fn give(&self, slot: u32) {
+        self.space.memory.give(self.held);
+        self.space.slots.give(slot);
     }
 
     async fn room(&mut self, end: u64, grown: u64) -> Result<()> {
-        if let Store::Memory(all) = &mut self.store {
-            let more = end.saturating_sub(all.len() as u64);
+        if !self.has_file() {
+            let have = if let Store::Memory(_, end) = self.store { end } else { 0 };
+            let more = end.saturating_sub(have);
             if end <= MEMORY_FILE_MAX && self.space.memory.take(more) {
-                all.resize(all.len() + more as usize, 0);
+                let slot = self.slot().unwrap_or_else(|| self.space.slots.take());
+                self.store = Store::Memory(slot, have + more);
                 self.held += more;
                 return Ok(());
             }
@@ -253,32 +368,61 @@ impl Staging {
     }
 
     async fn move_to_disk(&mut self) -> Result<()> {
-        let Store::Memory(all) = &mut self.store else { return Ok(()) };
-        let bytes = all.len() as u64;
+        let (slot, bytes) = match self.store {
+            Store::Memory(slot, end) => (Some(slot), end),
+            Store::None => (None, 0),
+            Store::File(_) => return Ok(()),
+        };
         if !self.space.disk.take(bytes) {
             return Err(Error::new(Kind::NoSpace, "the staging directory holds as much as staging_size allows"));
         }
-        let (space, data) = (self.space.clone(), std::mem::take(all));
-        let written = blocking(move || {
-            let file = space.file().map_err(std::io::Error::other);
-            let outcome = file.and_then(|f| f.write_all_at(&data, 0).map(|()| f));
-            Ok((outcome, data))
+        let (space, number) = (self.space.clone(), self.number);
+        let moved = blocking(move || {
+            let file = space.file().map_err(std::io::Error::other)?;
+            if let Some(slot) = slot {
+                file.write_all_at(&read_whole(&space.slots.file, at(slot)..at(slot) + bytes)?, 0)?;
+            }
+            if let Some(kept) = space.kept() {
+                kept.moved(number, file.as_fd()).map_err(std::io::Error::other)?;
+            }
+            Ok(file)
         });
-        let (outcome, data) = written.await?;
-        match outcome {
+        match moved.await {
             Ok(file) => {
-                self.space.memory.give(self.held);
+                if let Some(slot) = slot {
+                    self.give(slot);
+                }
                 self.held = bytes;
                 self.store = Store::File(Arc::new(file));
                 Ok(())
             }
             Err(e) => {
                 self.space.disk.give(bytes);
-                self.store = Store::Memory(data);
                 Err(Error::new(Kind::Io, "a file cannot be staged on disk").caused_by(e))
             }
         }
     }
+}
+
+/// Where a predecessor has staged a file.
+pub(super) enum Place {
+    /// In memory.
+    Slot(u32),
+    /// On disk.
+    File(OwnedFd),
+}
+
+/// All of a range; what is behind the end of a sparse file are zeros.
+fn read_whole(file: &File, range: Range<u64>) -> std::io::Result<Bytes> {
+    let mut data = vec![0; (range.end - range.start) as usize];
+    let mut at = 0;
+    while at < data.len() {
+        match file.read_at(&mut data[at..], range.start + at as u64)? {
+            0 => break,
+            n => at += n,
+        }
+    }
+    Ok(data.into())
 }
 
 impl Drop for Staging {
@@ -288,7 +432,6 @@ impl Drop for Staging {
 }
 
 fn zero_file(file: &File, range: Range<u64>) -> std::io::Result<()> {
-    use rustix::fs::{FallocateFlags, fallocate};
     let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     if fallocate(file, punch, range.start, range.end - range.start).is_ok() {
         return Ok(());
@@ -317,8 +460,8 @@ mod tests {
     #[tokio::test]
     async fn memory_moves_move_to_disk_and_disk_ends() {
         let dir = tempfile::tempdir().expect("dir");
-        let space = Space::new(dir.path().join("s"), 1000, 4 << 20);
-        let mut a = Staging::new(space.clone());
+        let space = Space::new(dir.path().join("s"), 1000, 4 << 20).expect("space");
+        let mut a = Staging::new(space.clone(), 1);
         a.write(100, Bytes::from_static(b"hello"), 5).await.expect("memory");
         assert!(!dir.path().join("s").exists());
         a.write(900, Bytes::from(vec![7; 200]), 200).await.expect("disk");

@@ -126,8 +126,9 @@ impl Open {
                 return Ok(());
             }
             // The time of the last write is not known yet: the store's own has to do.
+            let marked = Metadata { mtime: None, ..inner.marked() };
+            let upload = core.begin(&inner.locator, &marked).await?;
             let metadata = Metadata { mtime: None, ..inner.metadata.clone() };
-            let upload = core.begin(&inner.locator, &metadata).await?;
             inner.stream = Some(Stream::new(upload, metadata));
         }
         while let Some(next) = inner.stream.as_ref().map(|s| s.next) {

@@ -1,6 +1,7 @@
 //! The tree over our own S3 and OSS.
 
 use super::*;
+use crate::journal::{self, Journal};
 use bytes::Bytes;
 use efc_backend::Backend;
 use efc_backend::connect::connect_counted;
@@ -10,6 +11,7 @@ use efc_testkit::{Action, Fault, OssOptions, OssServer};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
+use std::fs::File;
 
 const TTL: Duration = Duration::from_secs(60);
 
@@ -17,7 +19,83 @@ struct Rig {
     server: OssServer,
     tree: ObjectTree,
     root: Bytes,
-    _dir: tempfile::TempDir,
+    s3: bool,
+    /// For what is staged, in memory and on disk.
+    room: (u64, u64),
+    dir: tempfile::TempDir,
+}
+
+/// A mount process, and who keeps what its successor needs.
+struct Process {
+    tree: ObjectTree,
+    holder: Holder,
+}
+
+#[derive(Clone, Default)]
+struct Holder {
+    nodes: Arc<Mutex<Option<File>>>,
+    staged: Arc<Mutex<HashMap<u64, OwnedFd>>>,
+}
+
+impl Holder {
+    fn serve(&self, tree: &ObjectTree, before: &state::Checkpoint) {
+        let staged = self.staged.lock().iter().map(|(n, fd)| (*n, fd.try_clone().expect("fd"))).collect();
+        let nodes = self.nodes.clone();
+        let keep = move |fd: BorrowedFd<'_>| {
+            *nodes.lock() = Some(fd.try_clone_to_owned()?.into());
+            Ok(())
+        };
+        let held = self.staged.clone();
+        let keep_file = move |number, fd: Option<BorrowedFd<'_>>| {
+            match fd {
+                Some(fd) => drop(held.lock().insert(number, fd.try_clone_to_owned()?)),
+                None => drop(held.lock().remove(&number)),
+            }
+            Ok(())
+        };
+        let journal = Arc::new(Journal::new(before, Box::new(keep)).expect("journal"));
+        tree.keep(Arc::new(Kept::new(journal, Box::new(keep_file))), &before.drafts, staged);
+    }
+
+    fn said(&self) -> state::Checkpoint {
+        journal::read(self.nodes.lock().as_ref().expect("kept")).expect("read")
+    }
+}
+
+impl Process {
+    async fn first(rig: &Rig) -> Process {
+        let (holder, tree) = (Holder::default(), rig.tree(rig.space()).await);
+        holder.serve(&tree, &state::Checkpoint { format: 2, ..Default::default() });
+        Process { tree, holder }
+    }
+
+    /// It dies; another has what it wrote down, as after an answer.
+    async fn die(self, rig: &Rig, files: Vec<Arc<dyn OpenFile>>) -> Process {
+        self.tree.core.space.kept().expect("kept").commit();
+        let state = self.holder.said();
+        let next = self.succeed(rig, &state).await;
+        // The dead do not clear up.
+        std::mem::forget((self, files));
+        next
+    }
+
+    async fn succeed(&self, rig: &Rig, state: &state::Checkpoint) -> Process {
+        let used = state.drafts.iter().filter_map(|d| d.slot).collect();
+        let memory = File::from(self.tree.staging().try_clone_to_owned().expect("fd"));
+        let space = Space::inherited(rig.dir.path().into(), rig.room.0, rig.room.1, memory, &used).expect("space");
+        let (holder, tree) = (self.holder.clone(), rig.tree(space).await);
+        holder.serve(&tree, state);
+        Process { tree, holder }
+    }
+
+    async fn open_again(&self, number: u64, locator: &Bytes) -> Arc<dyn OpenFile> {
+        let file = match self.tree.resume(number) {
+            Some(file) => file,
+            None => self.tree.open(locator, true).await.expect("open"),
+        };
+        self.tree.resumed(false).await;
+        file
+    }
 }
 
 async fn rig(s3: bool) -> Rig {
@@ -33,9 +111,10 @@ async fn rig_with(s3: bool, memory: u64, disk: u64) -> Rig {
     let server = started.join().expect("started");
     server.create_bucket("b");
     let dir = tempfile::tempdir().expect("dir");
-    let tree = tree(&server, s3, &region, Space::new(dir.path().join("staging"), memory, disk)).await;
+    let space = Space::new(dir.path().join("staging"), memory, disk).expect("space");
+    let tree = tree(&server, s3, &region, space).await;
     let root = tree.core.root.clone();
-    Rig { server, tree, root, _dir: dir }
+    Rig { server, tree, root, s3, room: (memory, disk), dir }
 }
 
 async fn tree(server: &OssServer, s3: bool, region: &str, space: Arc<Space>) -> ObjectTree {
@@ -46,7 +125,7 @@ async fn tree(server: &OssServer, s3: bool, region: &str, space: Arc<Space>) -> 
     let keys = StaticKeys { id: "efckey".into(), secret: Secret::new("efcsecret"), token: Secret::new("") };
     let origin = connect_counted(&spec, Some(&keys)).await.expect("origin");
     let root = origin.backend.root().await.expect("root").locator;
-    ObjectTree::new(origin.objects.expect("objects"), origin.backend, root, space, TTL, None)
+    ObjectTree::new((origin.objects.expect("objects"), origin.backend), root, space, TTL, None, rand::random())
 }
 
 fn new(what: New) -> NewNode {
@@ -54,9 +133,22 @@ fn new(what: New) -> NewNode {
 }
 
 impl Rig {
+    fn space(&self) -> Arc<Space> {
+        Space::new(self.dir.path().join("staging"), self.room.0, self.room.1).expect("space")
+    }
+
+    async fn tree(&self, space: Arc<Space>) -> ObjectTree {
+        let region = if self.s3 { OssOptions::s3().region } else { OssOptions::default().region };
+        tree(&self.server, self.s3, &region, space).await
+    }
+
     async fn make(&self, name: &str, content: &[u8]) -> Arc<dyn OpenFile> {
-        let node = self.tree.create(&self.root, name.as_bytes(), &new(New::File)).await.expect("create");
-        let file = self.tree.open(&node.locator, true).await.expect("open");
+        self.make_in(&self.tree, name, content).await
+    }
+
+    async fn make_in(&self, tree: &ObjectTree, name: &str, content: &[u8]) -> Arc<dyn OpenFile> {
+        let node = tree.create(&self.root, name.as_bytes(), &new(New::File)).await.expect("create");
+        let file = tree.open(&node.locator, true).await.expect("open");
         if !content.is_empty() {
             file.write(0, Bytes::copy_from_slice(content)).await.expect("write");
         }
@@ -77,6 +169,7 @@ enum Op {
     Read(u64, u64),
     Sync,
     Reopen,
+    Die,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -96,11 +189,13 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (at, 1u64..2 << 20).prop_map(|(at, n)| Op::Read(at, n)),
         2 => Just(Op::Sync),
         1 => Just(Op::Reopen),
+        2 => Just(Op::Die),
     ]
 }
 
 async fn run(rig: &Rig, name: &str, ops: Vec<Op>) -> std::result::Result<(), TestCaseError> {
-    let mut file = rig.make(name, b"").await;
+    let mut process = Process::first(rig).await;
+    let mut file = rig.make_in(&process.tree, name, b"").await;
     let mut model: Vec<u8> = Vec::new();
     for op in ops {
         match op {
@@ -142,8 +237,15 @@ async fn run(rig: &Rig, name: &str, ops: Vec<Op>) -> std::result::Result<(), Tes
                 file.close().await.expect("close");
                 let locator = rig.tree.child(&rig.root, name.as_bytes()).expect("child");
                 drop(file);
-                prop_assert!(rig.tree.core.file(&locator).is_none(), "a clean file that is closed is forgotten");
-                file = rig.tree.open(&locator, true).await.expect("open");
+                prop_assert!(process.tree.core.file(&locator).is_none(), "a clean file that is closed is forgotten");
+                prop_assert_eq!(process.tree.checkpoint().len(), 0);
+                prop_assert_eq!(process.holder.staged.lock().len(), 0);
+                file = process.tree.open(&locator, true).await.expect("open");
+            }
+            Op::Die => {
+                let (number, locator) = (file.number(), file.attr().await.expect("attr").locator);
+                process = process.die(rig, vec![file]).await;
+                file = process.open_again(number, &locator).await;
             }
         }
         prop_assert_eq!(file.attr().await.expect("attr").attr.size, model.len() as u64);
@@ -165,6 +267,35 @@ fn files_are_what_a_vector_is() {
             runtime.block_on(run(&rig, &name, ops))
         });
         outcome.expect("as the model says");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_dead_had_brought_to_the_store_is_not_taken_for_somebody_elses() {
+    for len in [1000usize, 20 << 20] {
+        let rig = rig(true).await;
+        let process = Process::first(&rig).await;
+        let file = rig.make_in(&process.tree, "f", &vec![7; len]).await;
+        file.sync(false).await.expect("an object");
+        file.write(0, Bytes::from(vec![8; len])).await.expect("write");
+        // The store does it and does not say so; the process is gone when it asks again.
+        for what in ["put", "complete"] {
+            rig.server.fault(Fault::on(what, Action::Drop).times(1));
+            rig.server.fault(Fault::on(what, Action::Latency { ms: 600_000 }).after(1));
+        }
+        assert!(tokio::time::timeout(Duration::from_secs(2), file.sync(false)).await.is_err());
+        rig.server.clear_faults();
+        assert!(rig.behind("f").is_some_and(|b| b == vec![8; len]));
+        let state = process.holder.said();
+        assert_eq!(state.drafts[0].attempts.len(), 1, "{:?}", state.drafts);
+        let next = process.succeed(&rig, &state).await;
+        let again = next.open_again(file.number(), &Bytes::new()).await;
+        again.write(1, Bytes::from_static(b"x")).await.expect("write");
+        again.sync(false).await.expect("no conflict");
+        std::mem::forget((process, file));
+        let now = rig.behind("f").expect("there");
+        assert!(now.len() == len && now[0] == 8 && now[1] == b'x' && now[2..].iter().all(|b| *b == 8));
+        assert!(!rig.server.keys("b").iter().any(|k| k.windows(8).any(|w| w == b"conflict")));
     }
 }
 
@@ -265,7 +396,7 @@ async fn uploads_of_a_mount_that_died_are_swept_and_those_of_others_are_not() {
         // Somebody else's, of another key; and one that this mount has open.
         let theirs =
             rig.tree.core.objects.begin(&Bytes::from_static(b"m/theirs"), &Metadata::default()).await.expect("begin");
-        let space = Space::new("/nonexistent".into(), 1 << 20, 0);
+        let space = Space::new("/nonexistent".into(), 1 << 20, 0).expect("space");
         let next = tree(&rig.server, true, &OssOptions::s3().region, space).await;
         let own = next.core.begin(&Bytes::from_static(b"m/own"), &Metadata::default()).await.expect("begin");
         assert_eq!(next.sweep_uploads(rename::DEAD_AFTER).await.expect("sweep"), 1, "its owner may live");

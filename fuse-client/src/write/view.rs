@@ -1,6 +1,6 @@
 //! The store as a read-write mount looks at it: with metadata, symbolic links and what is not committed yet.
 
-use super::{DRAFT_VERSION, OWN_PREFIX, ObjectTree, directory, meta};
+use super::{OWN_PREFIX, ObjectTree, directory, is_draft, meta};
 use async_trait::async_trait;
 use bytes::Bytes;
 use efc_backend::tree::{OpenFile, Tree};
@@ -56,7 +56,7 @@ impl Backend for ObjectTree {
     }
 
     async fn read(&self, locator: &Bytes, version: &Bytes, range: Range<u64>) -> Result<ByteStream> {
-        if !version.starts_with(DRAFT_VERSION) {
+        if !is_draft(version) {
             return self.core.backend.read(locator, version, range).await;
         }
         // A file whose commit failed, and that nobody has open.

@@ -5,22 +5,19 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use efc_common::Kind;
-use efc_fuse::kernel::handover::{HandoverLimits, HandoverServer, take};
 use efc_fuse::kernel::{InitRecord, Mount, Session, SessionConfig, adopt};
 
 use crate::support::*;
 
 const ROLE: &str = "EFC_KERNEL_TEST_ROLE";
 const RECORD: &str = "EFC_KERNEL_TEST_RECORD";
-const SOCKET: &str = "EFC_KERNEL_TEST_SOCKET";
 
 /// A file system whose reads are answered later, by other threads, so that some are always under way.
 fn slow_fs(delay: Duration) -> MemFs {
@@ -48,66 +45,37 @@ fn process_entry() {
         assert!(String::from_utf8_lossy(&out.stdout).contains("no role nobody"), "{out:?}");
         return;
     };
-    let socket = PathBuf::from(std::env::var_os(SOCKET).unwrap_or_default());
     let config = SessionConfig::default();
     let fs = Arc::new(slow_fs(Duration::from_millis(5)));
     let inherited = || std::io::stdin().as_fd().try_clone_to_owned().expect("fd");
-    let (session, state) = match role.as_str() {
-        "first" => (Session::start(fs, inherited(), &config).expect("starts"), b"0".to_vec()),
+    let session = match role.as_str() {
+        "first" => Session::start(fs, inherited(), &config).expect("starts"),
         "adopt" => {
             let record = std::env::var(RECORD).expect("record");
             let record = InitRecord::from_bytes(record.as_bytes()).expect("record");
-            (adopt(fs, inherited(), &record, &config).expect("adopts"), b"0".to_vec())
-        }
-        "take" => {
-            let (fd, record, state, confirm) = take(&socket, LIMIT).expect("takes").into_parts();
-            let session = adopt(fs, fd, &record, &config).expect("adopts");
-            confirm.ready().expect("confirms");
-            (session, state)
-        }
-        // Takes the mount and dies before it serves.
-        "die" => {
-            drop(take(&socket, LIMIT).expect("takes"));
-            println!("\nDIED");
-            return;
+            adopt(fs, inherited(), &record, &config).expect("adopts")
         }
         other => return println!("no role {other}"),
     };
-    serve_until_handed_over(Arc::new(session), &socket, state);
-}
-
-fn serve_until_handed_over(session: Arc<Session>, socket: &Path, state: Vec<u8>) {
-    let generation: u64 = String::from_utf8(state).expect("text").parse().expect("number");
-    let save = Box::new(move || Ok((generation + 1).to_string().into_bytes()));
-    let server = HandoverServer::start(socket, session.clone(), save, HandoverLimits::default()).expect("serves");
-    let record = String::from_utf8(session.init_record().to_bytes().expect("record")).expect("text");
-    println!("\nSERVING {generation} {record}");
+    println!("\nSERVING {}", String::from_utf8(session.init_record().to_bytes().expect("record")).expect("text"));
     std::io::stdout().flush().expect("stdout");
-    let (mut gone, mut ended) = (server.handed_over(), session.ended());
+    let mut ended = session.ended();
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("runtime");
-    let handed_over = runtime.block_on(async {
-        tokio::select! {
-            _ = gone.wait_for(|g| *g) => true,
-            _ = ended.wait_for(Option::is_some) => false,
-        }
-    });
-    println!("\nEND {handed_over}");
+    runtime.block_on(async { ended.wait_for(Option::is_some).await.map(drop) }).expect("ends");
 }
 
 /// A daemon process; killed when the test ends.
 struct Daemon {
     child: Child,
     lines: mpsc::Receiver<String>,
-    _stdin: Option<ChildStdin>,
 }
 
 impl Daemon {
-    fn start(role: &str, socket: &Path, fd: Option<OwnedFd>, record: &str) -> Daemon {
+    fn start(role: &str, fd: OwnedFd, record: &str) -> Daemon {
         let mut child = Command::new(std::env::current_exe().expect("self"))
             .args(["takeover::process_entry", "--exact", "--nocapture"])
             .envs([(ROLE, role), (RECORD, record)])
-            .env(SOCKET, socket)
-            .stdin(fd.map_or_else(Stdio::piped, Stdio::from))
+            .stdin(Stdio::from(fd))
             .stdout(Stdio::piped())
             .spawn()
             .expect("spawns");
@@ -120,8 +88,7 @@ impl Daemon {
                 }
             }
         });
-        let stdin = child.stdin.take();
-        Daemon { child, lines, _stdin: stdin }
+        Daemon { child, lines }
     }
 
     /// Waits for a line that begins with `word` and gives the rest.
@@ -136,11 +103,9 @@ impl Daemon {
         }
     }
 
-    /// Number of the generation and the INIT record.
-    fn serving(&self) -> (u64, String) {
-        let line = self.expect("SERVING");
-        let (generation, record) = line.split_once(' ').expect("two words");
-        (generation.parse().expect("number"), record.to_string())
+    /// The INIT record.
+    fn serving(&self) -> String {
+        self.expect("SERVING")
     }
 
     fn kill(mut self) {
@@ -223,18 +188,13 @@ struct Held {
     mount: Mount,
     fd: OwnedFd,
     dir: tempfile::TempDir,
-    run: tempfile::TempDir,
 }
 
 impl Held {
     fn new() -> Held {
-        let (dir, run) = (tempfile::tempdir().expect("dir"), tempfile::tempdir().expect("dir"));
+        let dir = tempfile::tempdir().expect("dir");
         let (mount, fd) = Mount::new(&mount_config(dir.path()), |_| Ok(())).expect("mounts");
-        Held { mount, fd, dir, run }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.run.path().join("handover.sock")
+        Held { mount, fd, dir }
     }
 
     fn fd(&self) -> OwnedFd {
@@ -253,90 +213,24 @@ impl Drop for Held {
 }
 
 #[test]
-fn readers_notice_neither_hand_overs_nor_a_kill() {
+fn readers_do_not_notice_that_a_process_is_killed() {
     let held = Held::new();
-    let first = Daemon::start("first", &held.socket(), Some(held.fd()), "");
-    let (generation, record) = first.serving();
-    assert_eq!(generation, 0);
+    let mut daemon = Daemon::start("first", held.fd(), "");
+    let record = daemon.serving();
     let path = held.dir.path().to_path_buf();
     guarded(&held.mount, move || assert_eq!(names(&path).len(), 3));
     let readers = Readers::start(held.dir.path());
     readers.progress();
-
-    let mut former = first;
-    for expected in 1..=3 {
-        let successor = Daemon::start("take", &held.socket(), None, "");
-        let (generation, inherited) = successor.serving();
-        assert_eq!((generation, &inherited), (expected, &record), "state and record travel with the mount");
-        assert_eq!(former.expect("END"), "true");
-        assert!(former.child.wait().expect("waits").success());
-        readers.progress();
-        former = successor;
-    }
-
     // In flight all the time: each of the eight readers waits for an answer that takes 5 ms.
-    for _ in 0..2 {
-        former.kill();
-        former = Daemon::start("adopt", &held.socket(), Some(held.fd()), &record);
-        assert_eq!(former.serving().0, 0);
+    for _ in 0..3 {
+        daemon.kill();
+        daemon = Daemon::start("adopt", held.fd(), &record);
+        assert_eq!(daemon.serving(), record);
         readers.progress();
     }
     let (reads, longest) = readers.finish();
     println!("{reads} reads, none failed, the longest took {longest:?}");
-    drop(former);
-}
-
-#[test]
-fn a_successor_that_dies_leaves_the_mount_where_it_was() {
-    let held = Held::new();
-    let first = Daemon::start("first", &held.socket(), Some(held.fd()), "");
-    first.serving();
-    let readers = Readers::start(held.dir.path());
-    readers.progress();
-    for _ in 0..2 {
-        let dying = Daemon::start("die", &held.socket(), None, "");
-        dying.expect("DIED");
-        readers.progress();
-    }
-    let successor = Daemon::start("take", &held.socket(), None, "");
-    assert_eq!(successor.serving().0, 1);
-    readers.progress();
-    readers.finish();
-}
-
-#[test]
-fn a_former_process_that_dies_half_way_leaves_the_mount_to_its_successor() {
-    let held = Held::new();
-    let first = Daemon::start("first", &held.socket(), Some(held.fd()), "");
-    first.serving();
-    let readers = Readers::start(held.dir.path());
-    readers.progress();
-    let (fd, record, _, confirm) = take(&held.socket(), LIMIT).expect("takes").into_parts();
-    first.kill();
-    let fs = Arc::new(slow_fs(Duration::from_millis(5)));
-    let session = adopt(fs, fd, &record, &SessionConfig::default()).expect("adopts");
-    confirm.ready().expect("the mount is ours");
-    readers.progress();
-    readers.finish();
-    assert_eq!(session.drain(LIMIT).expect("drains").left, 0);
-}
-
-#[test]
-fn a_successor_that_is_too_slow_is_told() {
-    let m = Mounted::new(MemFs::new());
-    let run = tempfile::tempdir().expect("dir");
-    let socket = run.path().join("s");
-    let limits = HandoverLimits { ready: Duration::from_millis(50), ..HandoverLimits::default() };
-    let session = m.session.clone().expect("session");
-    let server = HandoverServer::start(&socket, session, Box::new(|| Ok(vec![7])), limits).expect("serves");
-    let taken = take(&socket, LIMIT).expect("takes");
-    assert_eq!(taken.state, [7]);
-    // An answer means that the former process has taken the mount back.
-    let path = m.path("files/1");
-    assert_eq!(m.guarded(move || std::fs::read(path)).expect("reads").len(), 1);
-    let (.., confirm) = taken.into_parts();
-    assert_eq!(confirm.ready().expect_err("too late").kind(), Kind::Unavailable);
-    assert!(!*server.handed_over().borrow());
+    drop(daemon);
 }
 
 #[test]
@@ -363,52 +257,4 @@ fn unanswered_requests_go_to_the_successor_marked() {
     assert_eq!(fs.count("resent read"), 1, "the read came marked as sent again");
     let path = m.path("files/1");
     assert_eq!(m.guarded(move || std::fs::read(path)).expect("reads").len(), 1);
-}
-
-#[test]
-fn a_drained_session_resumes() {
-    let m = Mounted::new(MemFs::new());
-    for name in ["files/1", "files/4095", "files/4096"] {
-        let drained = m.session().drain(Duration::from_secs(5)).expect("drains");
-        assert_eq!(drained.left, 0);
-        let path = m.path(name);
-        let reader = std::thread::spawn(move || std::fs::read(path));
-        m.session().resume().expect("resumes");
-        assert!(reader.join().expect("joins").is_ok(), "{name}");
-    }
-    assert_eq!(*m.session().ended().borrow(), None, "a drain is no end");
-}
-
-#[test]
-fn a_successor_of_another_version_is_refused_and_the_mount_goes_on() {
-    let m = Mounted::new(MemFs::new());
-    let run = tempfile::tempdir().expect("dir");
-    let socket = run.path().join("s");
-    let session = m.session.clone().expect("session");
-    let server =
-        HandoverServer::start(&socket, session, Box::new(|| Ok(vec![])), HandoverLimits::default()).expect("serves");
-    let mut peer = std::os::unix::net::UnixStream::connect(&socket).expect("connects");
-    peer.write_all(b"EFCH\x09\0\0\0").expect("says hello");
-    let mut answer = Vec::new();
-    std::io::Read::read_to_end(&mut peer, &mut answer).expect("reads");
-    assert!(answer.starts_with(b"EFCE") && String::from_utf8_lossy(&answer).contains("version 9"), "{answer:?}");
-    let path = m.path("files/1");
-    assert_eq!(m.guarded(move || std::fs::read(path)).expect("reads").len(), 1);
-    assert!(!*server.handed_over().borrow());
-    drop(server);
-    assert!(!socket.exists());
-}
-
-#[test]
-fn a_state_that_cannot_be_saved_calls_the_hand_over_off() {
-    let m = Mounted::new(MemFs::new());
-    let run = tempfile::tempdir().expect("dir");
-    let socket = run.path().join("s");
-    let save = Box::new(|| Err(efc_common::Error::new(Kind::Io, "disk on fire")));
-    let session = m.session.clone().expect("session");
-    let _server = HandoverServer::start(&socket, session, save, HandoverLimits::default()).expect("serves");
-    let e = take(&socket, LIMIT).err().expect("refused");
-    assert!(e.to_string().contains("disk on fire"), "{e}");
-    let path = m.path("files/4096");
-    assert_eq!(m.guarded(move || std::fs::read(path)).expect("reads").len(), 4096);
 }

@@ -5,7 +5,8 @@
 //! term would not do: a leader that is killed and comes back quickly goes on leading in its term, without its memory. A proof that this desk
 //! may answer is a linearizable read that finds no later office; the end of a silent session is agreed on only for the office that noticed it.
 //!
-//! The table of advisory locks is the office's too: it is opened and its sessions end with the engine's.
+//! The table of advisory locks is the office's too: it is opened and its sessions end with the engine's. A session's next life may go on with them, so
+//! they are kept for it for the lease time.
 //!
 //! Sessions begin and end by the log: their lives come from apply, in its order. A desk that loses track of them resigns.
 //!
@@ -202,6 +203,8 @@ impl Desk {
         }
         let Some(office) = inner.office.as_mut() else { return PULSE };
         self.feed(office, Event::Tick, 0);
+        let now = office.clock.now;
+        office.change_locks(|locks, out| locks.end_unclaimed(now, out));
         let counts = office.engine.counts();
         gauge!("efc_master_leases").set(counts.leases as f64);
         gauge!("efc_master_lease_waits").set(counts.waiting as f64);
@@ -323,7 +326,8 @@ impl Desk {
         loop {
             match office.lives.try_recv() {
                 Ok(Life::Begun(session, incarnation)) => {
-                    office.change_locks(|locks, out| locks.end(session, out));
+                    let until = office.clock.read() + office.times.lease;
+                    office.change_locks(|locks, out| locks.begin_life(session, until, out));
                     self.feed(office, Event::SessionUp { session, incarnation }, 0);
                 }
                 Ok(Life::Ended(session, incarnation)) => {

@@ -54,7 +54,8 @@ pub enum Event {
         /// Of this term.
         term: u64,
     },
-    /// A life of a session was agreed on. Who begins a new life believes nothing of the old one.
+    /// A life of a session was agreed on. Who begins a new life believes nothing of the old one; but it may go on with its advisory locks, so a
+    /// session that has not made all its claims still has to.
     SessionUp {
         /// Which.
         session: SessionId,
@@ -302,7 +303,9 @@ impl Engine {
             if known.incarnation >= incarnation {
                 return;
             }
-            self.end(t, session);
+            self.take_all(t, session);
+            // The requests of this life are counted anew.
+            self.owed.entry(session).and_modify(|claims| *claims = Default::default());
         }
         self.insert_session(t.now, session, incarnation);
     }
@@ -362,8 +365,14 @@ impl Engine {
         }
     }
 
-    /// Takes from a session all it holds and waits for, and passes it on.
     fn end(&mut self, t: &mut Turn<'_>, session: SessionId) {
+        self.take_all(t, session);
+        self.owed.remove(&session);
+        self.close_claims_if_complete(t);
+    }
+
+    /// Takes from a session all it holds and waits for, and passes it on.
+    fn take_all(&mut self, t: &mut Turn<'_>, session: SessionId) {
         self.drop_waits(t, session);
         let Some(ended) = self.sessions.remove(&session) else { return };
         let mut touched = BTreeSet::new();
@@ -376,8 +385,6 @@ impl Engine {
             }
         }
         touched.iter().for_each(|key| self.settle_all(t, key));
-        self.owed.remove(&session);
-        self.close_claims_if_complete(t);
     }
 
     fn drop_waits(&mut self, t: &mut Turn<'_>, session: SessionId) -> Vec<(RequestId, Want)> {

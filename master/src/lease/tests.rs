@@ -257,6 +257,18 @@ fn without_all_claims_a_new_leader_waits_and_proves_itself() {
 }
 
 #[test]
+fn a_life_that_begins_before_its_session_has_claimed_has_to_claim() {
+    let mut s = Scene::new();
+    s.on(Event::Office { term: 2, sessions: vec![(SessionId(1), Incarnation(1)), (SessionId(2), Incarnation(1))] });
+    let claim = |n| Ask::Reclaim { request: RequestId(n), term: 2, claims: vec![], part: 0, parts: 1, locks: vec![] };
+    assert_eq!(s.say(2, claim(9)), "");
+    assert_eq!(s.on(Event::SessionUp { session: SessionId(1), incarnation: Incarnation(2) }), "");
+    assert_eq!(s.say(1, claim(9)), "", "the old life is not heard");
+    let said = |ask| Event::Said { session: SessionId(1), incarnation: Incarnation(2), ask };
+    assert_eq!(s.on(said(claim(1))), "prove");
+}
+
+#[test]
 fn a_release_of_an_older_grant_says_nothing_about_a_newer_one() {
     let mut s = Scene::new();
     let a = dir("a/");

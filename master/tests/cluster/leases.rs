@@ -40,7 +40,7 @@ impl Client {
     async fn start(master: MasterClient) -> Client {
         let tasks = TaskGroup::new();
         let who = Who { client: "host:1:/mnt".into(), dataset: "d".into() };
-        let (link, news) = LeaseLink::start(master, who, &tasks);
+        let (link, news) = LeaseLink::start(master, who, None, &tasks);
         let (session, life) = (SessionId(0), Incarnation(0));
         let mut c = Client { link, news, tasks, session, life, term: 0, requests: 0 };
         c.open().await;
@@ -379,7 +379,8 @@ impl Mount {
     fn start(master: MasterClient) -> Mount {
         let (tasks, holder) = (TaskGroup::new(), Arc::<Counting>::default());
         let who = Who { client: "host:1:/mnt".into(), dataset: "d".into() };
-        let leases = Leases::start(master, who, Default::default(), holder.clone(), &tasks);
+        let leases = Leases::start(master, who, Default::default(), holder.clone(), &tasks, None);
+        leases.begin();
         Mount { leases, holder, tasks }
     }
 

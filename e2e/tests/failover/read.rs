@@ -1,5 +1,6 @@
-//! Mount processes that are killed or stopped: their holder starts another, and applications see a pause.
+//! Read-only mounts.
 
+use crate::load::{Load, PATIENCE};
 use efc_e2e::{Cluster, Mount, WorkerSpec, wait_for, within};
 use efc_testkit::oss::{OssOptions, OssServer};
 use nix::sys::signal::{Signal, kill};
@@ -8,12 +9,8 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-const PATIENCE: Duration = Duration::from_secs(30);
 const FILES: usize = 40;
 const LEN: usize = 300_000;
 
@@ -21,46 +18,17 @@ fn content(i: usize) -> Vec<u8> {
     (0..LEN).map(|k| ((k * 31) ^ (i * 7)) as u8).collect()
 }
 
-/// Threads that read, list and look up until they are told to stop; any error is a panic.
-struct Load {
-    stop: Arc<AtomicBool>,
-    done: Arc<AtomicU64>,
-    threads: Vec<JoinHandle<Duration>>,
-}
-
-impl Load {
-    fn start(path: &Path) -> Load {
-        let (stop, done): (Arc<AtomicBool>, Arc<AtomicU64>) = Default::default();
-        let threads = (0..4).map(|t| {
-            let (stop, done, path) = (stop.clone(), done.clone(), path.to_path_buf());
-            std::thread::spawn(move || {
-                let (mut i, mut longest) = (t * 11, Duration::ZERO);
-                while !stop.load(Relaxed) {
-                    let begun = Instant::now();
-                    i = (i + 1) % FILES;
-                    step(t, i, &path);
-                    longest = longest.max(begun.elapsed());
-                    done.fetch_add(1, Relaxed);
-                }
-                longest
-            })
-        });
-        Load { threads: threads.collect(), stop, done }
-    }
-
-    /// Waits until so much more was done.
-    fn more(&self, steps: u64) {
-        let want = self.done.load(Relaxed) + steps;
-        wait_for("work to go on", PATIENCE, || Ok(self.done.load(Relaxed) >= want)).expect("work");
-    }
-
-    /// The longest step of all.
-    fn finish(self) -> Duration {
-        self.stop.store(true, Relaxed);
-        let threads = self.threads;
-        within(PATIENCE, move || threads.into_iter().map(|t| t.join().expect("a reader saw an error")).max())
-            .unwrap_or_default()
-    }
+/// Threads that read, list and look up; any error is a panic.
+fn load(path: &Path) -> Load {
+    let path = path.to_path_buf();
+    Load::start(4, move |t| {
+        let path = path.clone();
+        let mut i = t * 11;
+        Box::new(move || {
+            i = (i + 1) % FILES;
+            step(t, i, &path);
+        })
+    })
 }
 
 fn step(thread: usize, i: usize, path: &Path) {
@@ -117,7 +85,7 @@ fn a_killed_mount_process_is_replaced_and_nobody_sees_an_error() {
             (held, listing)
         }
     });
-    let load = Load::start(&path);
+    let load = load(&path);
     for n in 0..KILLS {
         load.more(10 + n * 3);
         let pid = r.mount.pid();
@@ -144,13 +112,9 @@ fn a_killed_mount_process_is_replaced_and_nobody_sees_an_error() {
 #[test]
 fn a_mount_process_that_hangs_is_replaced() {
     let r = rig();
-    let load = Load::start(&r.mount.path);
+    let load = load(&r.mount.path);
     load.more(20);
-    let pid = r.mount.pid();
-    kill(Pid::from_raw(pid as i32), Signal::SIGSTOP).expect("stop");
-    let begun = Instant::now();
-    wait_for("another mount process", PATIENCE, || Ok(r.mount.pid() != pid)).expect("replaced");
-    load.more(20);
+    let begun = load.hang(&r.mount, 20);
     println!("replaced after {:?}, longest step {:?}", begun.elapsed(), load.finish());
     assert!(begun.elapsed() < Duration::from_secs(12), "{:?}", begun.elapsed());
     r.mount.finish(&["the mount process is gone", "does not answer"]).expect("log");

@@ -1,0 +1,8 @@
+//! Mount processes that are killed or stopped: their holder starts another, and applications see a pause.
+
+mod chaos;
+mod grown;
+mod load;
+mod read;
+mod upgrade;
+mod write;
