@@ -29,9 +29,11 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioTimer;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
+use std::fmt::{self, Display};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::time::{Instant, timeout_at};
+use tracing::trace;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(15);
 const DEFAULT_CONNECTIONS: usize = 64;
@@ -83,6 +85,16 @@ impl<'a> Call<'a> {
     /// A request without parameters, headers and body.
     pub(crate) fn new(method: Method, key: &'a [u8]) -> Call<'a> {
         Call { method, key, query: &[], headers: Vec::new(), body: &[], patience: Duration::ZERO }
+    }
+}
+
+/// Method, key, parameters and conditions, for logs.
+impl Display for Call<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.method, self.key.escape_ascii())?;
+        self.query.iter().try_for_each(|(name, value)| write!(f, " {name}={}", value.escape_ascii()))?;
+        let conditions = self.headers.iter().filter(|(name, _)| name.as_str().contains("if-"));
+        conditions.into_iter().try_for_each(|(name, value)| write!(f, " {name}: {}", value.as_bytes().escape_ascii()))
     }
 }
 
@@ -193,8 +205,12 @@ impl Client {
         };
         let request = self.request(call, held.as_deref(), &payload)?;
         let progress = request.body().progress();
+        trace!(request = %call, "asks the store");
         let answer = match self.within(&progress, call.patience, self.engine.request(request)).await? {
-            Ok(answer) => answer,
+            Ok(answer) => {
+                trace!(request = %call, status = answer.status().as_u16(), "the store answers");
+                answer
+            }
             Err(e) => {
                 let connecting = e.is_connect();
                 return Err(error::unreachable(&self.about, e, connecting));

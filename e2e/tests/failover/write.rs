@@ -5,11 +5,14 @@ use efc_e2e::{Cluster, Mount, WorkerSpec, within};
 use efc_testkit::oss::{OssOptions, OssServer};
 use efc_testkit::{Ganesha, scratch};
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Length of one record of a log, bytes.
 const RECORD: usize = 64;
@@ -312,6 +315,72 @@ fn writers_of_a_bucket_see_no_error_and_nothing_is_done_twice() {
 #[test]
 fn writers_of_a_bucket_behind_whom_it_is_committed_see_no_error() {
     storm("s3", &["writeback"], kills());
+}
+
+/// A file that is open, with pages that were changed through a mapping and not written.
+struct Mapped {
+    file: File,
+    at: usize,
+}
+
+impl Mapped {
+    const LEN: usize = 1 << 20;
+    const PAGES: usize = 40;
+
+    fn new(path: &Path) -> Mapped {
+        fs::write(path, vec![1; Mapped::LEN]).expect("write");
+        let file = OpenOptions::new().read(true).write(true).open(path).expect("open");
+        let (rw, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
+        // SAFETY: a new mapping; only bytes that stay in the file are touched, and it is unmapped at the end.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), Mapped::LEN, rw, libc::MAP_SHARED, fd, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        // SAFETY: as above.
+        (0..Mapped::PAGES).for_each(|i| unsafe { at.cast::<u8>().add(i * 4096 + 5).write_volatile(2) });
+        Mapped { file, at: at as usize }
+    }
+
+    fn close(self) {
+        // SAFETY: it was mapped above, and nothing points into it.
+        assert_eq!(unsafe { libc::munmap(self.at as *mut libc::c_void, Mapped::LEN) }, 0);
+    }
+
+    /// As it was changed, and of this length?
+    fn check(path: &Path, len: usize) {
+        let got = fs::read(path).expect("read");
+        let mut model = vec![1; len];
+        (0..Mapped::PAGES).for_each(|i| model[i * 4096 + 5] = 2);
+        assert!(got == model, "{}: {} bytes", path.display(), got.len());
+    }
+}
+
+/// Before it drops pages the kernel writes those that were changed, one by one, and of a file that is being shortened it writes none: whoever waits for the one waits for the other.
+fn mapped(origin: &str) {
+    let r = rig(origin, &[]);
+    let (path, others) = (r.mount.path.clone(), r.other.path.clone());
+    let (kept, shortened) =
+        within(PATIENCE, move || (Mapped::new(&path.join("kept")), Mapped::new(&path.join("short"))));
+    kill(Pid::from_raw(r.mount.pid() as i32), Signal::SIGSTOP).expect("stop");
+    let shortened = std::thread::spawn(move || {
+        shortened.file.set_len(Mapped::LEN as u64 / 2).expect("truncate");
+        shortened
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    let begun = Instant::now();
+    r.mount.kill_server();
+    within(PATIENCE, move || {
+        let shortened = shortened.join().expect("no error");
+        assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+        kept.close();
+        shortened.close();
+        Mapped::check(&others.join("kept"), Mapped::LEN);
+        Mapped::check(&others.join("short"), Mapped::LEN / 2);
+    });
+    r.end(&["the mount process is gone"]);
+}
+
+#[test]
+fn mapped_files_hold_up_no_successor() {
+    ["file", "s3"].into_iter().for_each(mapped);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use efc_common::node::{FileKind, Node};
 use efc_common::{Error, Kind, Result};
 use efc_proto::state::attempt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 /// Names of removed files that are still open, in their directory; never listed.
@@ -330,7 +331,12 @@ impl Shared {
         if change == Change::default() {
             return self.getattr(inode).await;
         }
-        let permit = self.to_change(inode).await?;
+        let waits = usize::from(change.size.is_some());
+        inode.waiting_lengths.fetch_add(waits, SeqCst);
+        self.crossed.notify_waiters();
+        let permit = self.to_change(inode).await;
+        inode.waiting_lengths.fetch_sub(waits, SeqCst);
+        let permit = permit?;
         let _alone = if change.size.is_some() { self.alone(inode).await } else { None };
         let tree = once.begin(self, None)?;
         let guard = inode.begin();

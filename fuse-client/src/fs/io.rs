@@ -116,12 +116,14 @@ impl Shared {
         self.node(inode, Mode::Exclusive).await
     }
 
-    /// To write back what was changed through a mapping. A drop of the pages may wait for it, so it does not wait long: if the lease is on its way to somebody
-    /// else, it is written all the same.
+    /// To write back what was changed through a mapping. A drop of the pages may wait for it, page by page, so then it does not wait, and never long: if the lease is on its
+    /// way to somebody else, it is written all the same.
     pub(super) async fn written_back(&self, inode: &Arc<Inode>) -> Result<Permit> {
-        match tokio::time::timeout(WRITE_BACK_PATIENCE, self.to_change(inode)).await {
-            Ok(permit) => permit,
-            Err(_) => Ok(Permit::none()),
+        tokio::select! {
+            biased;
+            permit = self.to_change(inode) => permit,
+            () = self.until(|| inode.dropping.load(Ordering::SeqCst) > 0) => Ok(Permit::none()),
+            () = tokio::time::sleep(WRITE_BACK_PATIENCE) => Ok(Permit::none()),
         }
     }
 
@@ -216,19 +218,20 @@ impl Shared {
         inode: &Arc<Inode>,
         fh: u64,
         range: Range<u64>,
+        for_cache: bool,
     ) -> Result<(Vec<Bytes>, Permit)> {
-        let direct = self.files.get(fh).is_ok_and(|h| h.opening.direct);
-        if !direct {
+        if for_cache {
             inode.waiting_reads.lock().push(range.clone());
         }
         let permit = self.node(inode, Mode::Shared).await;
-        if !direct {
+        if for_cache {
             let mut waiting = inode.waiting_reads.lock();
             if let Some(at) = waiting.iter().position(|r| *r == range) {
                 waiting.swap_remove(at);
             }
         }
         let permit = permit?;
+        let direct = self.files.get(fh).is_ok_and(|h| h.opening.direct);
         let _whole = if direct { Some(inode.content.read().await) } else { None };
         let pieces = self.read_now(inode, fh, range, permit.belief).await?;
         Ok((pieces, permit))

@@ -51,6 +51,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 
 /// A file's attributes never change under its node, so the kernel may keep them as long as it likes.
@@ -117,6 +118,8 @@ struct Shared {
     files: OpenFiles,
     next_handle: AtomicU64,
     begun: Begun,
+    /// Told when the kernel is to drop pages, and when somebody waits who holds that up.
+    crossed: Notify,
     beliefs: Option<Beliefs>,
 }
 
@@ -138,6 +141,7 @@ impl EfcFs {
             session: OnceLock::new(),
             open_dirs: Mutex::default(),
             begun: Begun::default(),
+            crossed: Notify::new(),
             next_handle: AtomicU64::new(first_handle()),
         });
         EfcFs { shared }

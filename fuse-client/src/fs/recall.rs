@@ -5,7 +5,7 @@
 
 use super::belief::{Beliefs, Own};
 use super::{FileKind, Shared};
-use crate::kernel::Notification;
+use crate::kernel::{Notification, Notifier};
 use crate::lease::Holder;
 use crate::namespace::Inode;
 use async_trait::async_trait;
@@ -21,6 +21,8 @@ use tracing::warn;
 
 /// For the kernel to drop one thing.
 const KERNEL_DEADLINE: Duration = Duration::from_secs(10);
+/// The kernel drops pages within this time, if it has none to write.
+const LENGTH_PAUSE: Duration = Duration::from_millis(50);
 /// How long an origin that does not answer is tried to be told of changes. The masters end the session of who does not give back for 30 s.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(20);
 const FLUSH_PAUSE: Duration = Duration::from_millis(500);
@@ -221,16 +223,59 @@ impl Shared {
         let Some(session) = self.session.get().and_then(Weak::upgrade) else { return };
         let notifier = session.notifier();
         let names = (drops.names && notifier.has_epoch()).then_some(Notification::IncrementEpoch);
-        let attributes = drops.attributes.iter().map(|i| (i, -1));
-        let nodes = attributes.chain(drops.pages.iter().map(|i| (i, 0)));
-        let nodes = nodes.map(|(i, offset)| Notification::InvalidateInode { node: i.id, offset, length: 0 });
-        for what in names.into_iter().chain(nodes) {
-            match notifier.tell(what, KERNEL_DEADLINE).await {
-                // The mount has ended, and all that the kernel knew of it.
-                Err(e) if e.is(Kind::Unavailable) => return,
-                Err(e) => warn!(error = %e, "the kernel keeps something old until its time is over"),
-                Ok(_) => {}
+        let attributes = drops.attributes.iter();
+        let attributes = attributes.map(|i| Notification::InvalidateInode { node: i.id, offset: -1, length: 0 });
+        for what in names.into_iter().chain(attributes) {
+            if is_over(notifier.tell(what, KERNEL_DEADLINE).await.map(drop)) {
+                return;
             }
         }
+        for inode in &drops.pages {
+            if is_over(self.drop_all_pages(notifier, inode).await) {
+                return;
+            }
+        }
+    }
+
+    /// The kernel drops the pages of a file. First it writes those that were changed through a mapping, which waits for no lease meanwhile. It writes none as long as somebody waits
+    /// to change the length, perhaps for a lease: then it drops them when that is answered, and is not waited for.
+    async fn drop_all_pages(&self, notifier: &Notifier, inode: &Inode) -> Result<()> {
+        let pages = Notification::InvalidateInode { node: inode.id, offset: 0, length: 0 };
+        inode.dropping.fetch_add(1, Ordering::SeqCst);
+        self.crossed.notify_waiters();
+        let held_up = async {
+            tokio::time::sleep(LENGTH_PAUSE).await;
+            self.until(|| inode.waiting_lengths.load(Ordering::SeqCst) > 0).await;
+        };
+        let told = tokio::select! {
+            biased;
+            told = notifier.tell(pages, KERNEL_DEADLINE) => told.map(drop),
+            () = held_up => Ok(()),
+        };
+        inode.dropping.fetch_sub(1, Ordering::SeqCst);
+        told
+    }
+
+    /// Returns when this is so, which [`Shared::crossed`] tells.
+    pub(super) async fn until(&self, is: impl Fn() -> bool) {
+        loop {
+            let told = self.crossed.notified();
+            if is() {
+                return;
+            }
+            told.await;
+        }
+    }
+}
+
+/// Has the mount ended, and all that the kernel knew of it?
+fn is_over(told: Result<()>) -> bool {
+    match told {
+        Err(e) if e.is(Kind::Unavailable) => true,
+        Err(e) => {
+            warn!(error = %e, "the kernel keeps something old until its time is over");
+            false
+        }
+        Ok(()) => false,
     }
 }

@@ -7,7 +7,7 @@ use super::open::Opening;
 use super::{EfcFs, errno_of, log};
 use crate::kernel::{
     AttrOut, Caller, CreateOut, DirReply, EntryOut, Errno, FileSystem, LockOut, LockRange, LseekOut, Negotiated,
-    OpenOut, Outcomes, ReadReply, Reply, SetAttr, StatfsOut, WriteAt, WriteOut, XattrReply,
+    OpenOut, Outcomes, ReadAt, ReadReply, Reply, SetAttr, StatfsOut, WriteAt, WriteOut, XattrReply,
 };
 use crate::namespace::Inode;
 use crate::namespace::listing::Listing;
@@ -19,7 +19,7 @@ use efc_common::node::FileKind;
 use efc_common::{Error, Kind, Result};
 use std::ops::Range;
 use std::sync::Arc;
-use tracing::info;
+use tracing::{info, trace};
 
 impl FileSystem for EfcFs {
     fn outcomes(&self) -> Option<Arc<Outcomes>> {
@@ -175,12 +175,12 @@ impl FileSystem for EfcFs {
         self.answer("open", node, reply, move |s, inode| async move { s.open(&inode, how).await });
     }
 
-    fn read(&self, _ctx: &Caller, node: u64, fh: u64, offset: u64, size: u32, _flags: i32, reply: ReadReply) {
+    fn read(&self, _ctx: &Caller, node: u64, fh: u64, at: ReadAt, reply: ReadReply) {
         let inode = match self.inode(node).map_err(|e| errno_of(&e)).and_then(regular) {
             Ok(i) => i,
             Err(errno) => return reply.error(errno),
         };
-        let range = offset..offset + size as u64;
+        let range = at.offset..at.offset + at.size as u64;
         if !self.shared.parts.namespace.follows() {
             return self.read_version(inode, range, reply);
         }
@@ -191,8 +191,10 @@ impl FileSystem for EfcFs {
             return drop(permit);
         }
         self.spawn(|s| async move {
-            match s.read_following(&inode, fh, range.clone()).await {
+            match s.read_following(&inode, fh, range.clone(), at.for_cache).await {
                 Ok((pieces, permit)) => {
+                    let got: usize = pieces.iter().map(Bytes::len).sum();
+                    trace!(path = inode.path(), ?range, got, size = inode.size(), passing = permit.passing, "read");
                     reply.slices(&pieces);
                     if permit.passing {
                         // The kernel may have it as a page now (also of a mapping of a direct descriptor); it is told before what was passed by is given back.

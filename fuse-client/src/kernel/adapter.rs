@@ -22,7 +22,7 @@ use super::conn::Conn;
 use super::init::{InitRecord, InitRequest};
 use super::metrics::Op;
 use super::reply::{DirReply, RESENT, ReadReply, Reply, Slot, XattrReply};
-use super::types::{Caller, LockRange, SetAttr, SetTime, WriteAt};
+use super::types::{Caller, LockRange, ReadAt, SetAttr, SetTime, WriteAt};
 
 /// The smallest directory page any kernel asks for, bytes.
 const DIR_PAGE_BYTES_MIN: usize = 4096;
@@ -236,13 +236,12 @@ impl fuser::Filesystem for Adapter {
         fh: FileHandle,
         offset: u64,
         size: u32,
-        flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
+        _flags: OpenFlags,
+        lock_owner: Option<LockOwner>,
         reply: fuser::ReplyData,
     ) {
-        self.run(req, Op::Read, reply, |fs, c, s| {
-            fs.read(c, ino.0, fh.0, offset, size, flags.0, ReadReply::new(s, size))
-        });
+        let at = ReadAt { offset, size, for_cache: lock_owner.is_none() };
+        self.run(req, Op::Read, reply, |fs, c, s| fs.read(c, ino.0, fh.0, at, ReadReply::new(s, size)));
     }
 
     fn write(

@@ -69,7 +69,7 @@ pub trait FileSystem: Send + Sync + 'static {
     fn open(&self, ctx: &Caller, node: u64, flags: i32, reply: Reply<OpenOut>);
 
     /// Reads `size` bytes at `offset`; a shorter answer is the end of the file.
-    fn read(&self, ctx: &Caller, node: u64, fh: u64, offset: u64, size: u32, flags: i32, reply: ReadReply);
+    fn read(&self, ctx: &Caller, node: u64, fh: u64, at: ReadAt, reply: ReadReply);
 
     /// Last close of a handle. Its error reaches nobody.
     fn release(&self, ctx: &Caller, node: u64, fh: u64, flags: i32, reply: Reply<()>) {

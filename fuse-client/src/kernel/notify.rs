@@ -1,15 +1,19 @@
-//! Notifications to the kernel: dropping and filling its caches. They leave from one thread of their own, because each may wait for a lock
+//! Notifications to the kernel: dropping and filling its caches. They leave from threads of their own, because each may wait for a lock
 //! (of a page, of a directory) that a request holds which is being answered; sent from a request thread they would wait for themselves.
-//! The queue is bounded; a full one refuses instead of blocking.
+//! One thread sends them in order. When it is held up, another takes over the queue. The queue is bounded; a full one refuses instead of blocking.
 //!
 //! Layouts: `include/uapi/linux/fuse.h`, `enum fuse_notify_code` and `struct fuse_notify_*_out`.
 
 use std::io::{self, IoSlice};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use bytes::Bytes;
 use efc_common::{Error, Kind, Result};
+use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
 use super::conn::{Conn, is_gone};
@@ -28,6 +32,10 @@ const EXPIRE_ONLY: u32 = 1;
 /// Minor protocol version with INC_EPOCH.
 pub(super) const EPOCH_ABI_MINOR: u32 = 44;
 
+/// Threads at most: all but one are held up.
+const THREADS_MAX: usize = 32;
+/// A notification that is not sent after this time has another thread started, if all are held up.
+const HELD_UP_AFTER: Duration = Duration::from_millis(50);
 /// How long a dropped notifier waits for the notification it is sending.
 const STOP_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -93,10 +101,22 @@ struct Job {
     done: Option<oneshot::Sender<Result<Told>>>,
 }
 
+/// What the threads share.
+struct Sending {
+    conn: Arc<Conn>,
+    queue: Mutex<mpsc::Receiver<Job>>,
+    threads: AtomicUsize,
+    /// Threads that wait for something to send.
+    free: AtomicUsize,
+}
+
 /// Sends notifications of one mount. Cheap to use from anywhere; see the module's text for why it never runs inline.
 pub struct Notifier {
     queue: Option<mpsc::Sender<Job>>,
-    stopped: parking_lot::Mutex<std::sync::mpsc::Receiver<()>>,
+    sending: Arc<Sending>,
+    /// Each thread has a copy.
+    running: Option<std::sync::mpsc::Sender<()>>,
+    stopped: Mutex<std::sync::mpsc::Receiver<()>>,
     epoch: bool,
     expire_only: bool,
 }
@@ -105,18 +125,41 @@ impl Notifier {
     /// Starts the thread.
     pub(super) fn start(conn: Arc<Conn>, record: &InitRecord, queue: usize) -> Result<Notifier> {
         let (tx, rx) = mpsc::channel(queue.max(1));
-        let (stopped_tx, stopped) = std::sync::mpsc::channel();
-        std::thread::Builder::new()
-            .name("efc-fuse-notify".into())
-            .spawn(move || {
-                run(&conn, rx);
-                // The receiver may be gone after waiting long enough: nobody to tell.
-                let _ = stopped_tx.send(());
-            })
-            .map_err(|e| Error::from(e).with("thread", "efc-fuse-notify"))?;
-        let expire_only = record.granted & fuser::InitFlags::FUSE_HAS_EXPIRE_ONLY.bits() != 0;
-        let stopped = parking_lot::Mutex::new(stopped);
-        Ok(Notifier { queue: Some(tx), stopped, epoch: record.abi_minor >= EPOCH_ABI_MINOR, expire_only })
+        let (running, stopped) = std::sync::mpsc::channel();
+        let notifier = Notifier {
+            queue: Some(tx),
+            sending: Arc::new(Sending { conn, queue: Mutex::new(rx), threads: 0.into(), free: 0.into() }),
+            running: Some(running),
+            stopped: Mutex::new(stopped),
+            epoch: record.abi_minor >= EPOCH_ABI_MINOR,
+            expire_only: record.granted & fuser::InitFlags::FUSE_HAS_EXPIRE_ONLY.bits() != 0,
+        };
+        notifier.start_thread()?;
+        Ok(notifier)
+    }
+
+    fn start_thread(&self) -> Result<()> {
+        let (sending, running) = (self.sending.clone(), self.running.clone());
+        sending.threads.fetch_add(1, Relaxed);
+        let started = std::thread::Builder::new().name("efc-fuse-notify".into()).spawn(move || {
+            sending.run();
+            sending.threads.fetch_sub(1, Relaxed);
+            drop(running);
+        });
+        started.map(drop).map_err(|e| {
+            self.sending.threads.fetch_sub(1, Relaxed);
+            Error::from(e).with("thread", "efc-fuse-notify")
+        })
+    }
+
+    /// Somebody waits: has the queue a thread that is not held up?
+    fn relieve(&self) {
+        if self.sending.free.load(SeqCst) == 0
+            && self.sending.threads.load(Relaxed) < THREADS_MAX
+            && let Err(e) = self.start_thread()
+        {
+            tracing::warn!(error = %e, "notifications to the kernel wait for one that is held up");
+        }
     }
 
     /// Does this kernel know [`Notification::IncrementEpoch`] (Linux 6.16)?
@@ -154,7 +197,16 @@ impl Notifier {
             outcome.await.map_err(|_| gone())?
         };
         let late = |_| Error::new(Kind::Timeout, "the kernel did not act on a notification in time");
-        tokio::time::timeout(deadline, told).await.map_err(late)?
+        let relieved = async {
+            let mut told = std::pin::pin!(told);
+            loop {
+                match tokio::time::timeout(HELD_UP_AFTER, &mut told).await {
+                    Ok(told) => return told,
+                    Err(_) => self.relieve(),
+                }
+            }
+        };
+        tokio::time::timeout(deadline, relieved).await.map_err(late)?
     }
 
     fn queue(&self) -> Result<&mpsc::Sender<Job>> {
@@ -173,16 +225,31 @@ impl Notifier {
 
 impl Drop for Notifier {
     fn drop(&mut self) {
-        self.queue = None;
-        if self.stopped.lock().recv_timeout(STOP_PATIENCE).is_err() {
+        (self.queue, self.running) = (None, None);
+        // Nobody sends anything: it ends with the last thread.
+        if self.stopped.lock().recv_timeout(STOP_PATIENCE) == Err(RecvTimeoutError::Timeout) {
             tracing::warn!("a kernel notification still waits for a lock while its session is closed");
         }
     }
 }
 
-fn run(conn: &Conn, mut queue: mpsc::Receiver<Job>) {
-    while let Some(job) = queue.blocking_recv() {
-        let told = match send(conn, &job.notification) {
+impl Sending {
+    /// Sends what is asked for, until nothing is any more, or another thread has taken over while this one was held up.
+    fn run(&self) {
+        loop {
+            self.free.fetch_add(1, SeqCst);
+            let job = self.queue.lock().blocking_recv();
+            self.free.fetch_sub(1, SeqCst);
+            let Some(job) = job else { return };
+            self.carry_out(job);
+            if self.free.load(SeqCst) > 0 {
+                return;
+            }
+        }
+    }
+
+    fn carry_out(&self, job: Job) {
+        let told = match send(&self.conn, &job.notification) {
             Ok(()) => Ok(Told::Done),
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(Told::Unknown),
             Err(e) if is_gone(&e) => Err(Error::new(Kind::Unavailable, "the FUSE connection is gone").caused_by(e)),

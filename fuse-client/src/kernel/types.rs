@@ -181,6 +181,18 @@ pub mod open_flags {
     pub const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 }
 
+/// What a READ asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReadAt {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub size: u32,
+    /// For pages of the kernel, which are locked until it is answered. Told by the caller's lock owner, which the kernel adds (`FUSE_READ_LOCKOWNER`) to what goes past
+    /// its pages only: `fuse_send_read` in fs/fuse/file.c.
+    pub for_cache: bool,
+}
+
 /// Where a WRITE goes, and what it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WriteAt {

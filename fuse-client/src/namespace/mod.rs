@@ -25,7 +25,7 @@ use efc_common::node::{Attr, FileKind, Node};
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -135,6 +135,10 @@ pub struct Inode {
     pub dir: Option<DirState>,
     /// Reads that wait for a lease: the kernel holds pages for them, which are empty until they are answered.
     pub waiting_reads: Mutex<Vec<Range<u64>>>,
+    /// Changes of the length that wait for a lease: the kernel writes no page until they are answered, and drops none that it has to write.
+    pub waiting_lengths: AtomicUsize,
+    /// Drops of its pages that the kernel is at: it writes first what was changed through a mapping, and waits for that.
+    pub dropping: AtomicUsize,
     /// Held by whoever changes content under leases; shared by those who read past the kernel's pages: they see whole changes, and only such as the attributes tell of.
     pub content: tokio::sync::RwLock<()>,
     /// Sequential streams over a file, made at the first read.
@@ -196,6 +200,8 @@ impl Inode {
             lost: AtomicBool::new(false),
             dir: (kind == FileKind::Directory).then(DirState::default),
             waiting_reads: Mutex::default(),
+            waiting_lengths: AtomicUsize::new(0),
+            dropping: AtomicUsize::new(0),
             content: tokio::sync::RwLock::default(),
             streams: Mutex::new(None),
         }

@@ -137,10 +137,10 @@ fn a_read_only_file_system_refuses_changes() {
 fn a_lost_or_panicking_request_is_eio_and_the_mount_goes_on() {
     let mut fs = MemFs::new();
     let (lost, broken) = (fs.node("files/1"), fs.node("files/4095"));
-    fs.on_read = Some(Box::new(move |fs, node, offset, size, reply| match node {
+    fs.on_read = Some(Box::new(move |fs, node, at, reply| match node {
         n if n == lost => drop(reply),
         n if n == broken => panic!("on purpose"),
-        _ => answer_read(fs, node, offset, size, reply),
+        _ => answer_read(fs, node, at, reply),
     }));
     // More panics than threads: none may be lost to one.
     let m = Mounted::with(fs, |_| {}, SessionConfig { threads: 2, ..SessionConfig::default() });
@@ -230,7 +230,7 @@ fn an_abort_frees_readers_of_a_daemon_that_hangs() {
     let mut fs = MemFs::new();
     let (held_tx, held_rx) = std::sync::mpsc::channel();
     let held_tx = parking_lot::Mutex::new(held_tx);
-    fs.on_read = Some(Box::new(move |_, _, _, _, reply| held_tx.lock().send(reply).expect("kept")));
+    fs.on_read = Some(Box::new(move |_, _, _, reply| held_tx.lock().send(reply).expect("kept")));
     let m = Mounted::new(fs);
     let path = m.path("files/4096");
     let reader = std::thread::spawn(move || fs::read(path));
@@ -269,9 +269,9 @@ fn requests_are_counted_by_operation() {
     let metrics = efc_common::metrics::install().expect("no recorder yet");
     let mut fs = MemFs::new();
     let lost = fs.node("files/4095");
-    fs.on_read = Some(Box::new(move |fs, node, offset, size, reply| match node {
+    fs.on_read = Some(Box::new(move |fs, node, at, reply| match node {
         n if n == lost => reply.error(Errno::EACCES),
-        _ => answer_read(fs, node, offset, size, reply),
+        _ => answer_read(fs, node, at, reply),
     }));
     let m = Mounted::with(fs, |_| {}, SessionConfig { bdi_read_ahead_kb: None, ..SessionConfig::default() });
     let (good, bad, none) = (m.path("files/4096"), m.path("files/4095"), m.path("files/asked-each-time"));

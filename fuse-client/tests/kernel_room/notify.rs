@@ -1,12 +1,14 @@
 //! Notifications: filling and dropping the kernel's caches.
 
 use std::fs;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 use crate::support::*;
 use efc_common::Kind;
 use efc_fuse::kernel::{Notification, Told};
+use parking_lot::Mutex;
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -48,6 +50,45 @@ fn invalidated_pages_are_read_again() {
     assert_eq!(m.fs.count("read"), 2);
     let nobody = Notification::InvalidateInode { node: 999_999, offset: 0, length: 0 };
     assert_eq!(tell(&m, nobody).expect("tells"), Told::Unknown);
+}
+
+#[test]
+fn a_notification_that_waits_for_a_page_holds_up_no_other() {
+    let (asked_tx, asked) = std::sync::mpsc::channel();
+    let asked_tx = Mutex::new(asked_tx);
+    let mut fs = MemFs::new();
+    fs.on_read = Some(Box::new(move |_, node, at, reply| asked_tx.lock().send((node, at, reply)).expect("kept")));
+    let m = Mounted::new(fs);
+    let read = |direct: i32| {
+        let path = m.path("files/4096");
+        std::thread::spawn(move || {
+            let file = fs::OpenOptions::new().read(true).custom_flags(direct).open(path).expect("opens");
+            file.read_exact_at(&mut [0; 512], 0).expect("reads");
+        })
+    };
+    let past_pages = read(libc::O_DIRECT);
+    let (node, at, reply) = asked.recv_timeout(LIMIT).expect("a read");
+    assert!(!at.for_cache, "the kernel has no page of it");
+    answer_read(&m.fs, node, at, reply);
+    m.guarded(move || past_pages.join().expect("reads"));
+    let readers = [read(0), read(0)];
+    let (node, at, reply) = asked.recv_timeout(LIMIT).expect("a read");
+    assert!(at.for_cache, "pages are locked until it is answered");
+    let all = |node| Notification::InvalidateInode { node, offset: 0, length: 0 };
+    std::thread::scope(|s| {
+        let held_up = s.spawn(|| tell(&m, all(node)));
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(tell(&m, all(999_999)).expect("tells"), Told::Unknown);
+        assert!(!held_up.is_finished(), "it waits for the page");
+        answer_read(&m.fs, node, at, reply);
+        // The second reader may have to read anew what was dropped.
+        while !readers.iter().all(|r| r.is_finished()) {
+            if let Ok((node, at, reply)) = asked.recv_timeout(Duration::from_millis(10)) {
+                answer_read(&m.fs, node, at, reply);
+            }
+        }
+        assert_eq!(held_up.join().expect("joins").expect("tells"), Told::Done);
+    });
 }
 
 /// After `forget_name` the kernel must see that `files/1` is now called `files/one`.

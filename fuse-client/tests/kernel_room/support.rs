@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use efc_common::node::Time;
 use efc_fuse::kernel::{
-    AttrOut, Caller, DirReply, EntryOut, Errno, FileSystem, Mount, MountConfig, NodeAttr, OpenOut, ROOT_NODE,
+    AttrOut, Caller, DirReply, EntryOut, Errno, FileSystem, Mount, MountConfig, NodeAttr, OpenOut, ROOT_NODE, ReadAt,
     ReadReply, Reply, Session, SessionConfig, StatfsOut, XattrReply, serve,
 };
 use parking_lot::Mutex;
@@ -41,7 +41,7 @@ enum What {
 }
 
 /// Behaviour that a test switches on.
-pub(crate) type ReadHook = Box<dyn Fn(&MemFs, u64, u64, u32, ReadReply) + Send + Sync>;
+pub(crate) type ReadHook = Box<dyn Fn(&MemFs, u64, ReadAt, ReadReply) + Send + Sync>;
 
 /// A read-only tree in memory that counts what it is asked.
 pub(crate) struct MemFs {
@@ -200,12 +200,12 @@ impl FileSystem for MemFs {
         if self.no_open { reply.error(Errno::ENOSYS) } else { reply.ok(OpenOut::default()) }
     }
 
-    fn read(&self, ctx: &Caller, node: u64, _: u64, offset: u64, size: u32, _: i32, reply: ReadReply) {
+    fn read(&self, ctx: &Caller, node: u64, _: u64, at: ReadAt, reply: ReadReply) {
         self.bump(if ctx.resent { "resent read" } else { "read" });
-        self.largest_read.fetch_max(size.into(), SeqCst);
+        self.largest_read.fetch_max(at.size.into(), SeqCst);
         match &self.on_read {
-            Some(hook) => hook(self, node, offset, size, reply),
-            None => answer_read(self, node, offset, size, reply),
+            Some(hook) => hook(self, node, at, reply),
+            None => answer_read(self, node, at, reply),
         }
     }
 
@@ -267,10 +267,10 @@ impl FileSystem for MemFs {
 }
 
 /// The plain answer to a read: in several pieces, as a file system with segments gives it.
-pub(crate) fn answer_read(fs: &MemFs, node: u64, offset: u64, size: u32, reply: ReadReply) {
+pub(crate) fn answer_read(fs: &MemFs, node: u64, at: ReadAt, reply: ReadReply) {
     let Some(data) = fs.data(node) else { return reply.error(Errno::ESTALE) };
-    let begin = (offset as usize).min(data.len());
-    let end = (begin + size as usize).min(data.len());
+    let begin = (at.offset as usize).min(data.len());
+    let end = (begin + at.size as usize).min(data.len());
     let pieces: Vec<Bytes> = (begin..end).step_by(60_000).map(|at| data.slice(at..(at + 60_000).min(end))).collect();
     match &pieces[..] {
         [one] => reply.bytes(one),

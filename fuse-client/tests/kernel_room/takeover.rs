@@ -22,12 +22,12 @@ const RECORD: &str = "EFC_KERNEL_TEST_RECORD";
 /// A file system whose reads are answered later, by other threads, so that some are always under way.
 fn slow_fs(delay: Duration) -> MemFs {
     let mut fs = MemFs::new();
-    fs.on_read = Some(Box::new(move |fs, node, offset, size, reply| {
+    fs.on_read = Some(Box::new(move |fs, node, at, reply| {
         let data = fs.data(node).expect("file");
         std::thread::spawn(move || {
             std::thread::sleep(delay);
-            let end = (offset as usize + size as usize).min(data.len());
-            reply.bytes(&data[(offset as usize).min(end)..end]);
+            let end = (at.offset as usize + at.size as usize).min(data.len());
+            reply.bytes(&data[(at.offset as usize).min(end)..end]);
         });
     }));
     fs
@@ -239,7 +239,7 @@ fn unanswered_requests_go_to_the_successor_marked() {
     let seen_tx = parking_lot::Mutex::new(seen_tx);
     let mut fs = MemFs::new();
     // Never answers, but keeps what it should answer.
-    fs.on_read = Some(Box::new(move |_, _, _, _, reply| seen_tx.lock().send(reply).expect("kept")));
+    fs.on_read = Some(Box::new(move |_, _, _, reply| seen_tx.lock().send(reply).expect("kept")));
     let m = Mounted::new(fs);
     let path = m.path("files/4095");
     let reader = std::thread::spawn(move || std::fs::read(path));
