@@ -34,6 +34,9 @@ const WRITE_BACK_PATIENCE: Duration = Duration::from_secs(1);
 /// For the kernel to drop pages that were read past a lease; what holds it up longer are readers that wait for the lease's return.
 const PASSING_DEADLINE: Duration = Duration::from_millis(300);
 
+/// For the kernel to forget a length, which takes no lock.
+const LENGTH_DEADLINE: Duration = Duration::from_secs(2);
+
 /// What an application is told.
 type Answered<T> = std::result::Result<T, Errno>;
 
@@ -184,7 +187,7 @@ impl Shared {
     async fn drop_length(&self, inode: &Inode) {
         let Some(session) = self.session.get().and_then(Weak::upgrade) else { return };
         let attributes = Notification::InvalidateInode { node: inode.id, offset: -1, length: 0 };
-        if let Err(e) = session.notifier().tell(attributes, PASSING_DEADLINE).await {
+        if let Err(e) = session.notifier().tell(attributes, LENGTH_DEADLINE).await {
             warn!(path = inode.path(), error = %e, "the kernel keeps a length that may be old");
         }
     }

@@ -308,6 +308,11 @@ fn split(locator: &Bytes) -> (Bytes, Bytes) {
 }
 
 impl ObjectTree {
+    async fn is_at_store(&self, dir: &Bytes, name: &[u8]) -> Result<bool> {
+        let locator = self.core.objects.child(dir, name, false)?;
+        Ok(absent_is_none(self.core.head(&locator).await)?.is_some())
+    }
+
     /// Is a node what making this gives?
     async fn is_made(&self, node: &Node, new: &NewNode) -> Result<bool> {
         let kind = match &new.what {
@@ -319,7 +324,8 @@ impl ObjectTree {
             _ => return Ok(false),
         };
         let owner = (node.attr.uid, node.attr.gid) == (Some(new.uid), Some(new.gid));
-        Ok(node.attr.kind == kind && owner && node.attr.mode == Some(new.mode & 0o7777))
+        let is_empty = kind == FileKind::Directory || node.attr.size == 0;
+        Ok(node.attr.kind == kind && owner && is_empty && node.attr.mode == Some(new.mode & 0o7777))
     }
 }
 
@@ -438,6 +444,8 @@ impl Tree for ObjectTree {
             ));
         }
         let made = match &new.what {
+            // Where its maker died it was brought to the store since, and nobody has written to it.
+            New::File if self.is_in_doubt && self.is_at_store(dir, name).await? => Err(paths::exists()),
             New::File => self.core.create_file(dir, name, new).await,
             New::Directory => self.core.create_directory(dir, name, new).await,
             New::Symlink(target) => self.core.create_link(dir, name, target, new).await,

@@ -300,6 +300,27 @@ async fn what_the_dead_had_brought_to_the_store_is_not_taken_for_somebody_elses(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_the_dead_were_making_is_found_by_who_makes_it_again() {
+    let rig = rig(true).await;
+    let process = Process::first(&rig).await;
+    let (root, file) = (rig.root.clone(), new(New::File));
+    process.tree.create(&root, b"f", &file).await.expect("create");
+    let next = process.die(&rig, Vec::new()).await;
+    next.tree.resumed(true).await;
+    assert_eq!(rig.behind("f").expect("brought to the store before others may come"), "");
+    next.tree.forget(&root, None).await;
+    let again = next.tree.in_doubt().expect("a tree");
+    let node = again.create(&root, b"f", &file).await.expect("it is the one");
+    let open = next.tree.open(&node.locator, true).await.expect("open");
+    open.write(0, Bytes::from_static(b"content")).await.expect("write");
+    open.close().await.expect("no conflict");
+    assert_eq!(rig.behind("f").expect("there"), "content");
+    next.tree.forget(&root, None).await;
+    let taken = again.create(&root, b"f", &file).await.expect_err("it is not the one that was being made");
+    assert!(taken.is(Kind::AlreadyExists), "{taken}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_commit_that_fails_keeps_everything_for_the_next() {
     for len in [1000usize, 20 << 20] {
         let rig = rig(true).await;
