@@ -390,7 +390,8 @@ fn long_file(m: &Path, behind: &Behind) {
     for piece in model.chunks(1 << 20) {
         f.write_all(piece).expect("write");
     }
-    assert!(behind.store().stats().of("part") >= 5, "parts are sent behind the writer");
+    wait_for("parts that are sent behind the writer", PATIENCE, || Ok(behind.store().stats().of("part") >= 5))
+        .expect("sent");
     assert!(!behind.exists("long"), "and nothing is seen before the close");
     // As `cp -p` and tar do, when the upload has long begun.
     let time = UNIX_EPOCH + Duration::from_secs(1_000_000_000);
