@@ -99,7 +99,7 @@ impl Teller {
     /// Why not; this process serves on.
     pub async fn upgrade(&self, id: u64, program: Option<PathBuf>, options: Vec<String>) -> Result<()> {
         let Some(held) = &self.held else {
-            let text = "this mount has no holder that could start another program (no_failover, or a read-write mount of a bucket)";
+            let text = "this mount has no holder that could start another program (no_failover)";
             return Err(Error::new(Kind::Unsupported, text));
         };
         let program = program.map_or_else(std::env::current_exe, Ok)?;

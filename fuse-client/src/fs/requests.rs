@@ -193,8 +193,13 @@ impl FileSystem for EfcFs {
         self.spawn(|s| async move {
             match s.read_following(&inode, fh, range.clone(), at.for_cache).await {
                 Ok((pieces, permit)) => {
-                    let got: usize = pieces.iter().map(Bytes::len).sum();
-                    trace!(path = inode.path(), ?range, got, size = inode.size(), passing = permit.passing, "read");
+                    trace!(
+                        path = inode.path(),
+                        ?range,
+                        got = pieces.iter().map(Bytes::len).sum::<usize>(),
+                        size = inode.size(),
+                        "read"
+                    );
                     reply.slices(&pieces);
                     if permit.passing {
                         // The kernel may have it as a page now (also of a mapping of a direct descriptor); it is told before what was passed by is given back.
