@@ -525,7 +525,7 @@ mod tests {
 
     #[test]
     fn following_nodes_have_their_names_and_places() {
-        let (ns, journal, kept) = written_down(Nodes::Follow);
+        let (ns, journal, kept) = written_down(Nodes::Follow { paths: true });
         let root = ns.root();
         let name = |n: &'static str| Bytes::from_static(n.as_bytes());
         let numbered = |locator: &str, fileid, nlink| {
@@ -545,7 +545,8 @@ mod tests {
         ns.intern(&root, &name("link"), &numbered("/link", 8, 2), seen());
         ns.renamed((&root, b"d"), (&root, &name("h")), name("/h"));
         journal.commit().expect("commit");
-        let back = Namespace::restore(&parse(&of(&kept)).expect("parse"), Nodes::Follow).expect("restore");
+        let back =
+            Namespace::restore(&parse(&of(&kept)).expect("parse"), Nodes::Follow { paths: true }).expect("restore");
         assert_eq!(back.checkpoint(), ns.checkpoint());
         let again = |id| back.get(id).expect("known");
         assert_eq!((again(f.id).path(), again(f.id).locator()), ("/h/f".into(), name("/h/f")));
@@ -555,13 +556,14 @@ mod tests {
         // One whose directory was forgotten is not to be believed where it was.
         ns.forget(d.id, 1);
         journal.commit().expect("commit");
-        let back = Namespace::restore(&parse(&of(&kept)).expect("parse"), Nodes::Follow).expect("restore");
+        let back =
+            Namespace::restore(&parse(&of(&kept)).expect("parse"), Nodes::Follow { paths: true }).expect("restore");
         assert!(back.get(f.id).expect("known").is_lost());
     }
 
     #[test]
     fn open_files_and_locks_are_those_of_the_end() {
-        let (ns, journal, kept) = written_down(Nodes::Follow);
+        let (ns, journal, kept) = written_down(Nodes::Follow { paths: true });
         let handle = |fh| state::Handle { fh, node: 1, flags: 2, by: 3, direct: true, unique: fh, draft: 0 };
         let locks = |owner, held: usize| {
             let range = efc_proto::control::LockRange { start: 0, end: 9, exclusive: true };

@@ -212,7 +212,8 @@ impl Process {
             Origin { backend: origin.backend, tree: None, drafts: None }
         };
         let strict = source.consistency.is_strict();
-        let nodes = if options.read_write || strict { Nodes::Follow } else { Nodes::Versions };
+        let paths = backend.capabilities().path_locators;
+        let nodes = if options.read_write || strict { Nodes::Follow { paths } } else { Nodes::Versions };
         let cluster = ClusterLink::start(&options, &source.mounted, &args.mountpoint, &args.log_level, &tasks).await?;
         if !strict {
             cluster.keep_session(&tasks);

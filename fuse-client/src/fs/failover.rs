@@ -29,11 +29,11 @@ use prost::Message as _;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::Notify;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 /// Files of a predecessor that are opened at once.
 const OPENS_AT_ONCE: usize = 64;
@@ -74,6 +74,8 @@ pub(super) struct Begun {
     /// Nodes that it was appending to, by request.
     appends: Mutex<BTreeMap<u64, u64>>,
     appended: Notify,
+    /// Its nodes, with their look-ups.
+    nodes: Mutex<Vec<(u64, u64)>>,
 }
 
 /// A request that is to be done once.
@@ -160,6 +162,10 @@ impl EfcFs {
     pub async fn restore(&self, inherited: Inherited) -> Result<()> {
         let shared = &self.shared;
         let Some(failover) = &shared.parts.failover else { return Ok(()) };
+        // A node that is in an answer still to be given is not held yet.
+        let to_give = failover.outcomes.first_words();
+        let nodes = inherited.state.inodes.iter().filter(|i| !to_give.contains(&i.id)).map(|i| (i.id, i.lookups));
+        *shared.begun.nodes.lock() = nodes.collect();
         let is_remote = failover.drafts.is_some() || shared.tree().is_ok_and(|t| !t.keeps_removed());
         if is_remote && failover.outcomes.left_open().next().is_some() {
             tokio::time::sleep(LATE).await;
@@ -199,6 +205,31 @@ impl EfcFs {
 }
 
 impl Shared {
+    /// Forgets inherited nodes that the kernel does not hold: a FORGET that the predecessor had taken and not written down does not come again.
+    ///
+    /// Exact: of answers that are still to be given the nodes were left out, and one that is given since is counted, and stays.
+    pub(super) fn forget_lost_nodes(self: &Arc<Self>) {
+        let nodes = std::mem::take(&mut *self.begun.nodes.lock());
+        if nodes.is_empty() {
+            return;
+        }
+        let this = self.clone();
+        let look = move || {
+            let count = nodes.len();
+            let mut forgotten = 0;
+            for (id, lookups) in nodes {
+                let Some(session) = this.session.get().and_then(Weak::upgrade) else { return };
+                match session.notifier().holds(id) {
+                    Ok(true) => {}
+                    Ok(false) => forgotten += usize::from(this.parts.namespace.forget_all(id, lookups)),
+                    Err(e) => return debug!(error = %e, "the kernel does not say which nodes it holds"),
+                }
+            }
+            info!(nodes = count, forgotten, "nodes that the kernel does not hold are forgotten");
+        };
+        drop(self.runtime.spawn_blocking(look));
+    }
+
     /// Everything that is written down.
     pub(super) fn checkpoint(&self) -> state::Checkpoint {
         let (handles, parked) = self.files.checkpoint();

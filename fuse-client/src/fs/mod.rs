@@ -180,6 +180,7 @@ impl EfcFs {
         if self.shared.session.set(Arc::downgrade(session)).is_err() {
             warn!("a second session was offered and not taken");
         }
+        self.shared.forget_lost_nodes();
         if let Some(beliefs) = &self.shared.beliefs {
             beliefs.leases.begin();
         }

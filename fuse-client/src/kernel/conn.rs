@@ -58,6 +58,11 @@ impl Conn {
         self.phase.load(SeqCst) == SERVING
     }
 
+    /// Is nothing answered any more?
+    pub(super) fn is_closed(&self) -> bool {
+        self.phase.load(SeqCst) == CLOSED
+    }
+
     /// From now on new requests are not executed.
     pub(super) fn start_draining(&self) {
         self.phase.fetch_max(DRAINING, SeqCst);
@@ -107,7 +112,7 @@ impl Conn {
     /// Those of writev(2) that a file system can do something about. A request or connection that is gone (interrupted, aborted, unmounted)
     /// is success: there is nobody left to tell.
     pub(super) fn answer(&self, unique: u64, errno: i32, payload: &[IoSlice<'_>]) -> io::Result<()> {
-        if self.phase.load(SeqCst) == CLOSED {
+        if self.is_closed() {
             return Ok(());
         }
         match self.write_message(-errno, unique, payload) {
@@ -121,7 +126,7 @@ impl Conn {
     /// # Errors
     /// Those of writev(2); ENOENT when the kernel does not know the node; ENOTCONN once closed.
     pub(super) fn notify(&self, code: i32, payload: &[IoSlice<'_>]) -> io::Result<()> {
-        if self.phase.load(SeqCst) == CLOSED {
+        if self.is_closed() {
             return Err(io::Error::from_raw_os_error(libc::ENOTCONN));
         }
         self.write_message(code, 0, payload)

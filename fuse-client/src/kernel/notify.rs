@@ -172,6 +172,19 @@ impl Notifier {
         self.expire_only
     }
 
+    /// Does the kernel hold this node? Asked by a STORE of no bytes, which waits for nothing and changes nothing: it finds the node, or says ENOENT (Linux
+    /// `fs/fuse/dev.c`, `fuse_notify_store`). Newer kernels refuse it with EINVAL for a node that is no regular file, after having found it.
+    ///
+    /// # Errors
+    /// [`Kind::Unavailable`] when the connection is gone, else what the kernel said.
+    pub fn holds(&self, node: u64) -> Result<bool> {
+        let nothing = Notification::Store { node, offset: 0, data: Bytes::new() };
+        match send(&self.sending.conn, &nothing) {
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(true),
+            sent => Ok(told(&nothing, sent)? == Told::Done),
+        }
+    }
+
     /// Queues a notification and does not wait. A failure later on is logged.
     ///
     /// # Errors
@@ -249,12 +262,7 @@ impl Sending {
     }
 
     fn carry_out(&self, job: Job) {
-        let told = match send(&self.conn, &job.notification) {
-            Ok(()) => Ok(Told::Done),
-            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(Told::Unknown),
-            Err(e) if is_gone(&e) => Err(Error::new(Kind::Unavailable, "the FUSE connection is gone").caused_by(e)),
-            Err(e) => Err(Error::from(e).with("notification", format!("{:?}", kind_name(&job.notification)))),
-        };
+        let told = told(&job.notification, send(&self.conn, &job.notification));
         match job.done {
             // A waiter that gave up has reported its timeout itself.
             Some(done) => drop(done.send(told)),
@@ -263,6 +271,15 @@ impl Sending {
                 _ => {}
             },
         }
+    }
+}
+
+fn told(n: &Notification, sent: io::Result<()>) -> Result<Told> {
+    match sent {
+        Ok(()) => Ok(Told::Done),
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(Told::Unknown),
+        Err(e) if is_gone(&e) => Err(Error::new(Kind::Unavailable, "the FUSE connection is gone").caused_by(e)),
+        Err(e) => Err(Error::from(e).with("notification", kind_name(n))),
     }
 }
 

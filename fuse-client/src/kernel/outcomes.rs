@@ -132,6 +132,12 @@ impl Outcomes {
         Some(text)
     }
 
+    /// The first eight bytes of every answer that the predecessor has not given: of one that gives a node that is its number.
+    pub fn first_words(&self) -> HashSet<u64> {
+        let done = self.done.lock();
+        done.values().filter_map(|d| d.payload.first_chunk()).map(|bytes| u64::from_ne_bytes(*bytes)).collect()
+    }
+
     /// How much came a second time.
     pub fn resent(&self) -> &Resent {
         &self.resent
@@ -253,6 +259,7 @@ mod tests {
         let mut open: Vec<_> = b.left_open().collect();
         open.sort_unstable();
         assert_eq!(open, [(2, &b"two"[..]), (8, b"eight")]);
+        assert_eq!(b.first_words(), HashSet::from([u64::from_ne_bytes(*b"an answe")]));
         assert_eq!(b.take(4), Some(Done { errno: 0, payload: b"an answer".to_vec() }));
         assert_eq!((b.take(4), b.take(6), b.take(10)), (None, None, None));
         // The successor dies as well, in the middle of what it was doing again.

@@ -49,7 +49,8 @@ impl Slot {
                 tracing::error!(op = self.op.name(), error = %e, "the kernel refused EIO as well; the caller hangs");
             }
         }
-        if let Some(outcomes) = written_down {
+        // Nobody was told once the connection is left to a successor: that finds it.
+        if let Some(outcomes) = written_down.filter(|_| !self.conn.is_closed()) {
             outcomes.answered(self.unique & !RESENT);
         }
         self.conn.metrics.answered(self.op, self.taken_at, errno);

@@ -4,7 +4,7 @@
 //! begins and ends ([`Inode::begin`]); what the origin was asked *before* a change ended is not taken over afterwards, and changes of one node that overlapped
 //! leave its attributes to be asked for anew.
 
-use super::{Content, Dentry, Inode, Namespace, Seen};
+use super::{Content, Dentry, Inode, Namespace, Nodes, Seen};
 use bytes::{BufMut, Bytes, BytesMut};
 use efc_common::node::{Attr, FileKind, Node};
 use parking_lot::{Mutex, MutexGuard};
@@ -228,13 +228,16 @@ impl Namespace {
         self.note(inode);
     }
 
-    /// The node that has another name of the file `node`, or had one that was lost.
+    /// The node that has another name of the file `node`, or had one that was lost. Origins give the number of a removed file to the next one: the locator tells them
+    /// apart, where it is not a path.
     pub(super) fn other_name(&self, node: &Node) -> Option<Arc<Inode>> {
-        if !self.follows() || node.attr.kind == FileKind::Directory || node.attr.fileid == 0 {
+        let Nodes::Follow { paths } = self.nodes else { return None };
+        if node.attr.kind == FileKind::Directory || node.attr.fileid == 0 {
             return None;
         }
         let id = *self.linked.lock().get(&node.attr.fileid)?;
-        self.get(id).filter(|i| i.kind == node.attr.kind && (node.attr.nlink > 1 || i.is_lost()))
+        let may = |i: &Arc<Inode>| i.kind == node.attr.kind && (node.attr.nlink > 1 || i.is_lost());
+        self.get(id).filter(may).filter(|i| paths || i.locator() == node.locator)
     }
 
     /// Remembers a file that has several names.
@@ -360,7 +363,7 @@ mod tests {
     }
 
     fn following() -> Namespace {
-        Namespace::new(dir("/o"), Nodes::Follow)
+        Namespace::new(dir("/o"), Nodes::Follow { paths: true })
     }
 
     fn numbered(locator: &str, version: &str, fileid: u64, nlink: u32) -> Node {
@@ -436,6 +439,22 @@ mod tests {
         assert!(ns.get(a.id).is_none());
         let (again, _) = ns.intern(&root, &name("a"), &numbered("/o/a", "9", 7, 2), seen());
         assert_ne!(again.id, a.id);
+    }
+
+    #[test]
+    fn a_new_file_with_the_number_of_a_removed_one_is_another_node() {
+        let ns = Namespace::new(dir("root"), Nodes::Follow { paths: false });
+        let root = ns.root();
+        let (old, _) = ns.intern(&root, &name("a"), &numbered("handle 7.1", "1", 7, 1), seen());
+        ns.lose(&old);
+        let (new, _) = ns.intern(&root, &name("b"), &numbered("handle 7.2", "1", 7, 1), seen());
+        assert!(new.id != old.id && new.locator() == name("handle 7.2"));
+        // Moved by others, it is found by its new name.
+        ns.lose(&new);
+        assert_eq!(ns.intern(&root, &name("c"), &numbered("handle 7.2", "1", 7, 1), seen()).0.id, new.id);
+        // So are its further names, and not those of a file that came after it.
+        assert_eq!(ns.intern(&root, &name("d"), &numbered("handle 7.2", "1", 7, 2), seen()).0.id, new.id);
+        assert_ne!(ns.intern(&root, &name("e"), &numbered("handle 7.3", "1", 7, 2), seen()).0.id, new.id);
     }
 
     #[test]

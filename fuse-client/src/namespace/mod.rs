@@ -39,7 +39,10 @@ pub enum Nodes {
     /// One version of it (read-only mounts).
     Versions,
     /// The file itself, whose version moves (read-write mounts).
-    Follow,
+    Follow {
+        /// Are locators paths? Then a file has as many as names; else it has one, which no other file ever gets.
+        paths: bool,
+    },
 }
 
 /// What a node is at the moment: an immutable snapshot, replaced whole.
@@ -413,7 +416,7 @@ impl Namespace {
 
     /// Do nodes follow their files?
     pub fn follows(&self) -> bool {
-        self.nodes == Nodes::Follow
+        matches!(self.nodes, Nodes::Follow { .. })
     }
 
     /// The node for `name` in `dir`, which is `node` at the origin: the one the kernel knows when it still names the same thing, else a new one.
@@ -432,7 +435,7 @@ impl Namespace {
                     journal.seen(known.id);
                 }
                 let moved = match self.nodes {
-                    Nodes::Follow => self.refresh(&known, node, seen) == Update::Moved,
+                    Nodes::Follow { .. } => self.refresh(&known, node, seen) == Update::Moved,
                     Nodes::Versions => {
                         if known.dir.is_some() {
                             known.set_attr(node.attr.clone());
@@ -500,18 +503,30 @@ impl Namespace {
 
     /// The kernel forgets `count` look-ups of a node.
     pub fn forget(&self, id: u64, count: u64) {
+        self.forget_some(id, count, |known| {
+            debug_assert!(known >= count, "kernel forgot {count} of {known} look-ups of node {id}");
+            true
+        });
+    }
+
+    /// The kernel does not hold a node that was counted `count` times: nobody will forget it. True if no look-up came in between, and it is gone.
+    pub fn forget_all(&self, id: u64, count: u64) -> bool {
+        self.forget_some(id, count, |known| known == count)
+    }
+
+    fn forget_some(&self, id: u64, count: u64, may: impl Fn(u64) -> bool) -> bool {
         if id == ROOT_ID {
-            return;
+            return false;
         }
-        let Some(inode) = self.get(id) else { return };
+        let Some(inode) = self.get(id) else { return false };
         let _changing = self.changing();
+        let take = |n: u64| (n > 0 && may(n)).then(|| n.saturating_sub(count));
+        let Ok(before) = inode.lookups.fetch_update(Ordering::AcqRel, Ordering::Acquire, take) else { return false };
         if let Some(journal) = &self.journal {
             journal.forgotten(id, count);
         }
-        let before = inode.lookups.fetch_sub(count, Ordering::AcqRel);
-        debug_assert!(before >= count, "kernel forgot {count} of {before} look-ups of {}", inode.path());
         if before > count {
-            return;
+            return true;
         }
         // Dead: `revive` refuses it from now on, so nobody can hand it out while it is taken apart.
         let names = std::mem::take(&mut *inode.names.lock());
@@ -532,6 +547,7 @@ impl Namespace {
         if self.shard(id).write().remove(&id).is_some() {
             self.count.fetch_sub(1, Ordering::Relaxed);
         }
+        true
     }
 
     /// The origin no longer has this version of a node: the next look-up makes a new one even if the listing looks the same. True the first time.

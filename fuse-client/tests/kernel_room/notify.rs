@@ -53,6 +53,17 @@ fn invalidated_pages_are_read_again() {
 }
 
 #[test]
+fn the_kernel_says_which_nodes_it_holds() {
+    let m = Mounted::new(MemFs::new());
+    let holds = |name: &str| m.session().notifier().holds(m.fs.node(name)).expect("says");
+    assert!(!holds("files") && !holds("files/4096"), "nobody has looked them up yet");
+    let path = m.path("files/4096");
+    m.guarded(move || fs::metadata(path).expect("stat"));
+    assert!(holds("files") && holds("files/4096"));
+    assert!(!holds("files/1"));
+}
+
+#[test]
 fn a_notification_that_waits_for_a_page_holds_up_no_other() {
     let (asked_tx, asked) = std::sync::mpsc::channel();
     let asked_tx = Mutex::new(asked_tx);
