@@ -250,6 +250,18 @@ impl Worker {
         {
             tracing::warn!(error = %e, "goodbye to the masters failed; they will notice the silence");
         }
+        self.close().await;
+    }
+
+    /// Ends in moments, and stays in the ring: another process of the same name takes its place before the masters miss it. What is asked for is answered, for at most
+    /// `patience`; until the other serves, clients go to the origin.
+    pub async fn make_way(self, patience: Duration) {
+        self.beats.shutdown(STOP_PATIENCE).await;
+        let _ = timeout(patience, self.server.quiet()).await;
+        self.close().await;
+    }
+
+    async fn close(self) {
         self.doors.cancel();
         let store = self.store.clone();
         if let Err(e) = service::blocking(move || store.flush()).await {

@@ -11,6 +11,7 @@ pub mod tree;
 use anyhow::{Context, Result, bail};
 use efc_testkit::port::Port;
 use efc_testkit::process::{Guarded, scratch};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -132,12 +133,25 @@ impl Worker {
     /// # Errors
     /// When it does not end.
     pub fn drain(&mut self) -> Result<()> {
+        self.end(Signal::SIGTERM)
+    }
+
+    /// SIGUSR2 (end and keep its place), and starts another.
+    ///
+    /// # Errors
+    /// When it does not end, or the other does not come up.
+    pub fn replace(&mut self) -> Result<()> {
+        self.end(Signal::SIGUSR2)?;
+        self.start()
+    }
+
+    fn end(&mut self, signal: Signal) -> Result<()> {
         let Some(mut child) = self.child.take() else { bail!("{} does not run", self.id) };
-        child.signal(nix::sys::signal::Signal::SIGTERM)?;
+        child.signal(signal)?;
         match child.wait_exit(Duration::from_secs(60)) {
             Some(s) if s.success() => Ok(()),
             Some(s) => bail!("{} ended with {s}:\n{}", self.id, child.log_tail()),
-            None => bail!("{} did not end after SIGTERM:\n{}", self.id, child.log_tail()),
+            None => bail!("{} did not end after {signal}:\n{}", self.id, child.log_tail()),
         }
     }
 

@@ -17,6 +17,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// What the process needs beside its budgets: code, stacks, connections, tables.
 const BASE_BYTES: u64 = 32 << 20;
+/// For requests under way when another process is to take this one's place.
+const WAY_PATIENCE: Duration = Duration::from_secs(1);
 /// Threads for blocking work: tier reads and writes.
 const BLOCKING_THREADS: usize = 64;
 
@@ -26,6 +28,9 @@ const BLOCKING_THREADS: usize = 64;
 ///
 /// In a cluster:                efc-worker --master m1:7000,m2:7000,m3:7000 --listen 0.0.0.0:7100 --advertise $HOSTNAME
 ///                                         --memory 16GiB --disk /ssd/efc:500GiB --http 0.0.0.0:7101
+///
+/// SIGTERM leaves the cluster: others take over its share, and get it from the origin. SIGUSR2 ends it at once and keeps its place, for a new version
+/// that is started with the same --id; it has what was cached on disk, and in memory if --memory names a directory.
 #[derive(Debug, Parser)]
 #[command(name = "efc-worker", version, verbatim_doc_comment)]
 struct Args {
@@ -145,6 +150,7 @@ async fn serve(
 ) -> Result<()> {
     let mut term = signal(SignalKind::terminate()).context("listen to SIGTERM")?;
     let mut int = signal(SignalKind::interrupt()).context("listen to SIGINT")?;
+    let mut usr2 = signal(SignalKind::user_defined2()).context("listen to SIGUSR2")?;
     let mut parent_gone = std::pin::pin!(parent_gone);
     let id = config.id.clone();
     let connect: Connector =
@@ -162,6 +168,11 @@ async fn serve(
         _ = term.recv() => "SIGTERM",
         _ = int.recv() => "SIGINT",
         () = &mut parent_gone => "the parent process ended",
+        _ = usr2.recv() => {
+            tracing::info!("makes way for another process of this name");
+            worker.make_way(WAY_PATIENCE).await;
+            return Ok(());
+        }
     };
     tracing::info!(why, "stopping");
     tokio::select! {
