@@ -89,9 +89,13 @@ pub fn parse_source(text: &str, options: &MountOptions) -> Result<SourceArg> {
 /// # Errors
 /// What kept the mount from coming up (nothing stays mounted then), or how serving failed.
 pub fn run(args: &MountArgs, options: MountOptions, held: Option<Arc<Held>>, ready: impl FnOnce()) -> Result<()> {
-    // Received blocks live for moments: their memory is to be used again, not mapped anew each time.
-    efc_common::alloc::tune(Some(32 << 20), 32 << 20);
+    // Received blocks live for moments: their memory is to be used again, not mapped anew each time. The buffers that `fuser` has for each thread (16 MiB and 4 KiB, of which
+    // a request needs 1 MiB at most) are mapped: of heap that was used before all of it would be cleared, and so be taken.
+    efc_common::alloc::tune(Some(16 << 20), 32 << 20);
     args.begin_log()?;
+    if let Some(level) = &options.log_level {
+        log::set_level(level)?;
+    }
     let exposition = metrics::install()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("efc-fuse").build()?;
     let outcome = runtime.block_on(async {
@@ -191,9 +195,11 @@ impl Process {
         held: Option<Arc<Held>>,
     ) -> Result<Process> {
         let begun = Instant::now();
-        for (reason, count) in held.iter().flat_map(|h| h.failovers.clone()) {
-            metrics::counter!("efc_failover_total", "reason" => reason).absolute(count);
+        if let Some(held) = &held {
+            held.expose();
         }
+        let tasks = TaskGroup::new();
+        tasks.spawn(efc_common::alloc::trim_when_idle());
         let source = resolve(args, &options).await?;
         let origin = connect_counted(&source.mounted.spec, source.mounted.keys.as_ref()).await?;
         let root = origin.backend.root().await?;
