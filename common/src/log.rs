@@ -3,7 +3,9 @@
 
 use crate::{Error, Kind, Result};
 use std::path::Path;
-use tracing_subscriber::EnvFilter;
+use std::sync::{Mutex, OnceLock};
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
+use tracing_subscriber::{EnvFilter, reload};
 
 /// Shape of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,6 +28,17 @@ impl std::str::FromStr for Format {
     }
 }
 
+type SetFilter = Box<dyn Fn(EnvFilter) -> Result<()> + Send + Sync>;
+
+/// Replaces the filter of the installed logger.
+static SET_FILTER: OnceLock<SetFilter> = OnceLock::new();
+
+fn filter(level: &str) -> Result<EnvFilter> {
+    EnvFilter::try_new(level).map_err(|e| {
+        Error::new(Kind::Invalid, format!("log level `{level}` is not a filter; use for example info")).caused_by(e)
+    })
+}
+
 /// Installs the process's logger. `level` is a `tracing` filter such as `info` or `info,efc_worker=debug`; `file` is
 /// appended to, stderr is used when it is `None`.
 ///
@@ -33,31 +46,48 @@ impl std::str::FromStr for Format {
 /// [`Kind::Invalid`] for a bad filter, the I/O error of a log file that cannot be opened, [`Kind::AlreadyExists`] when a
 /// logger is installed already.
 pub fn install(level: &str, format: Format, file: Option<&Path>) -> Result<()> {
-    let filter = EnvFilter::try_new(level).map_err(|e| {
-        Error::new(Kind::Invalid, format!("log level `{level}` is not a filter; use for example info")).caused_by(e)
-    })?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_target(true);
-    let installed = match file {
+    let out = match file {
         Some(path) => {
-            let out = std::fs::OpenOptions::new()
-                .create(true)
-                .append(true)
-                .open(path)
-                .map_err(|e| Error::from(e).with("log-file", path.display()))?;
-            let builder = builder.with_ansi(false).with_writer(std::sync::Mutex::new(out));
-            match format {
-                Format::Text => builder.try_init(),
-                Format::Json => builder.json().try_init(),
-            }
+            let out = std::fs::OpenOptions::new().create(true).append(true).open(path);
+            BoxMakeWriter::new(Mutex::new(out.map_err(|e| Error::from(e).with("log-file", path.display()))?))
         }
-        None => {
-            let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-            let builder = builder.with_ansi(ansi).with_writer(std::io::stderr);
-            match format {
-                Format::Text => builder.try_init(),
-                Format::Json => builder.json().try_init(),
-            }
-        }
+        None => BoxMakeWriter::new(std::io::stderr),
     };
-    installed.map_err(|e| Error::new(Kind::AlreadyExists, "a logger is installed already").caused_by(e))
+    let ansi = file.is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let filter = filter(level)?;
+    let builder = tracing_subscriber::fmt().with_ansi(ansi).with_writer(out).with_target(true);
+    match format {
+        Format::Text => {
+            let builder = builder.with_env_filter(filter).with_filter_reloading();
+            let handle = builder.reload_handle();
+            installed(builder.try_init(), move |filter| handle.reload(filter))
+        }
+        Format::Json => {
+            let builder = builder.json().with_env_filter(filter).with_filter_reloading();
+            let handle = builder.reload_handle();
+            installed(builder.try_init(), move |filter| handle.reload(filter))
+        }
+    }
+}
+
+fn installed<E>(
+    outcome: std::result::Result<(), E>,
+    set: impl Fn(EnvFilter) -> std::result::Result<(), reload::Error> + Send + Sync + 'static,
+) -> Result<()>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let twice = || Error::new(Kind::AlreadyExists, "a logger is installed already");
+    outcome.map_err(|e| twice().caused_by(e))?;
+    let set = move |filter| set(filter).map_err(|e| Error::new(Kind::Io, "the log filter stays").caused_by(e));
+    SET_FILTER.set(Box::new(set)).map_err(|_| twice())
+}
+
+/// Logs by another filter from now on.
+///
+/// # Errors
+/// [`Kind::Invalid`] for a bad one, [`Kind::NotFound`] without a logger.
+pub fn set_level(level: &str) -> Result<()> {
+    let set = SET_FILTER.get().ok_or_else(|| Error::new(Kind::NotFound, "this process does not log"))?;
+    set(filter(level)?)
 }

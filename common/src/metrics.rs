@@ -47,6 +47,12 @@ pub const TABLE: &[Metric] = &[
         "mount processes that were replaced: crash, hang, failed (could not take over), upgrade, upgrade_failed; counted by their holder",
     ),
     m(
+        "efc_failover_seconds",
+        Series::Histogram,
+        "",
+        "how long nobody served the mount, each time that its process was replaced, seconds",
+    ),
+    m(
         "efc_failover_resent_total",
         Series::Counter,
         "how",

@@ -45,6 +45,11 @@ pub enum Request {
     },
     /// What happened to the processes of this mount.
     History,
+    /// Take these options over while serving ([`crate::options::LIVE`]), and have successors do so.
+    Set {
+        /// `-o` texts, an option each.
+        options: Vec<String>,
+    },
     /// Have another program serve the mount. Answered when it was tried; how it ended is in the history.
     Upgrade {
         /// Its number in the history, chosen by the asker.

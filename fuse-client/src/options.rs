@@ -62,6 +62,7 @@ after SECONDS (60). ttl (default with ro, 60): any change is seen after that tim
     o("staging_size", "SIZE", "room there; over it writers see ENOSPC (default 10GiB)"),
     o("readahead", "SIZE", "how far a sequential stream is read ahead at most (default 32MiB; 0 = off)"),
     o("read_deadline", "DURATION", "a read ends with EIO after this (default 150s)"),
+    o("log_level", "FILTER", "what is logged, in place of --log-level (a comma is written \\,)"),
     o("threads", "N", "threads that take kernel requests (default: cores, 2 to 16)"),
     o(
         "subpath",
@@ -73,6 +74,28 @@ after SECONDS (60). ttl (default with ro, 60): any change is seen after that tim
     o("passwd_file", "FILE", "file with KEY_ID:KEY_SECRET[:TOKEN], mode 0600"),
     o("workers_only", "", "testing only: never go to the origin past the workers"),
 ];
+
+/// Those that a mount can take over while it serves.
+pub const LIVE: [&str; 3] = ["readahead", "read_deadline", "log_level"];
+
+/// Checks `-o` texts that a mount is to take over while it serves.
+///
+/// # Errors
+/// [`Kind::Invalid`] as for [`MountOptions::parse`]; [`Kind::Unsupported`] for what needs another process.
+pub fn check_live(texts: &[String]) -> Result<MountOptions> {
+    let parsed = MountOptions::parse(texts, (0, 0))?;
+    for (name, value) in split(texts) {
+        if !LIVE.contains(&name.as_str()) {
+            let option = value.map_or(name.clone(), |v| format!("{name}={v}"));
+            let text = format!(
+                "option `{name}` needs another process, which is a short pause: efc-fuse upgrade MOUNTPOINT --option {option} (without one: {})",
+                LIVE.join(", ")
+            );
+            return Err(Error::new(Kind::Unsupported, text));
+        }
+    }
+    Ok(parsed)
+}
 
 /// Parsed options of a mount.
 #[derive(Debug, Clone)]
@@ -113,6 +136,8 @@ pub struct MountOptions {
     pub readahead_bytes: u64,
     /// Longest a read may take.
     pub read_deadline: Duration,
+    /// What is logged, if not what `--log-level` says.
+    pub log_level: Option<String>,
     /// Kernel request threads.
     pub threads: usize,
     /// Where credentials come from.
@@ -158,6 +183,15 @@ pub fn all_but(texts: &[String], name: &str) -> Vec<String> {
     others.map(text).collect()
 }
 
+/// Puts `new` options into `all`, each in the place of one of its name.
+pub fn replace(all: &mut Vec<String>, new: Vec<String>) {
+    fn name(option: &str) -> &str {
+        option.split_once('=').map_or(option, |(name, _)| name)
+    }
+    all.retain(|old| !new.iter().any(|n| name(n) == name(old)));
+    all.extend(new);
+}
+
 impl MountOptions {
     /// Parses the `-o` texts, checking every name and value. `who` mounts: its uid and gid.
     ///
@@ -189,6 +223,7 @@ impl MountOptions {
             staging_bytes: 10 << 30,
             readahead_bytes: 32 << 20,
             read_deadline: Duration::from_secs(150),
+            log_level: None,
             threads: std::thread::available_parallelism().map_or(4, |n| n.get()).clamp(2, 16),
             secret: SecretRef::Env,
             keys: None,
@@ -282,6 +317,7 @@ impl MountOptions {
             "staging_size" => self.staging_bytes = parse_bytes(v)?,
             "readahead" => self.readahead_bytes = parse_bytes(v)?,
             "read_deadline" => self.read_deadline = parse_duration(v)?,
+            "log_level" => self.log_level = Some(v.into()),
             "threads" => self.threads = number()? as usize,
             "secret" => self.secret = v.parse()?,
             "passwd_file" => {

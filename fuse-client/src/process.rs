@@ -30,7 +30,7 @@ use efc_common::node::Node;
 use efc_common::policy::{CachePolicy, Consistency};
 use efc_common::source::SourceSpec;
 use efc_common::task::TaskGroup;
-use efc_common::{Error, Kind, Result, metrics};
+use efc_common::{Error, Kind, Result, log, metrics};
 use efc_proto::convert::cache_policy;
 use efc_proto::state::Checkpoint;
 use std::fs::File;
@@ -203,7 +203,6 @@ impl Process {
         let source = resolve(args, &options).await?;
         let origin = connect_counted(&source.mounted.spec, source.mounted.keys.as_ref()).await?;
         let root = origin.backend.root().await?;
-        let tasks = TaskGroup::new();
         let ttl = source.consistency.ttl();
         if options.writeback && (!options.read_write || origin.objects.is_none()) {
             let text = "writeback is for read-write mounts of object stores: leave it out, or add -o rw (NAS sources are written through)";

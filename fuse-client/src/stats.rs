@@ -1,5 +1,6 @@
 //! What a mount tells about itself: built from the process's own metrics and the workers' counters, shown by `efc-fuse stats`.
 
+use crate::holder::line::Event;
 use efc_common::units::show_bytes;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -73,6 +74,10 @@ pub struct Stats {
     pub ring_epoch: u64,
     /// Requests this process itself sent to the origin, by kind.
     pub origin_requests: BTreeMap<String, u64>,
+    /// How often its process was replaced.
+    pub takeovers: u64,
+    /// How that went the last time.
+    pub last_takeover: Option<Event>,
     /// The workers.
     pub workers: Vec<WorkerStats>,
 }
@@ -135,6 +140,13 @@ impl Stats {
             let _ = writeln!(t, "{text}");
         };
         line(format!("{} on {} (pid {}, up {} s)", self.source, self.mountpoint, self.pid, self.uptime_s));
+        if let Some(e) = &self.last_takeover {
+            let (what, pause_ms, n) = (&e.what, e.pause_ms, self.takeovers);
+            line(format!(
+                "process replaced {n} times, the last time after a pause of {pause_ms} ms: {what} {}",
+                e.text
+            ));
+        }
         line(format!("{:<16}{:>12}{:>14}{:>8}", "tier", "reads", "bytes", "share"));
         let total: u64 = self.tiers.values().map(|t| t.bytes).sum();
         for tier in ["client", "local_worker", "remote_worker", "origin"] {

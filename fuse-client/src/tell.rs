@@ -5,6 +5,7 @@ use crate::fs::EfcFs;
 use crate::holder::Held;
 use crate::holder::line::Upgrade;
 use crate::namespace::Namespace;
+use crate::options;
 use crate::read::source::DataSource;
 use crate::stats::{Stats, WorkerStats};
 use crate::upgrade::{self, Agreed};
@@ -16,7 +17,7 @@ use efc_common::limit::ByteBudget;
 use efc_common::metrics::{PrometheusHandle, counter, gauge};
 use efc_common::node::Node;
 use efc_common::task::TaskGroup;
-use efc_common::{Error, Kind, Result};
+use efc_common::{Error, Kind, Result, log};
 use futures::future::BoxFuture;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -83,6 +84,9 @@ impl Teller {
             leases: self.fs.leases().map(|l| (l.leases as u64, l.waiting as u64)),
             ..Stats::default()
         };
+        if let Some(held) = &self.held {
+            (stats.takeovers, stats.last_takeover) = held.takeovers();
+        }
         stats.absorb(&self.metrics());
         if let Some(peers) = self.data.peers() {
             match tokio::time::timeout(WORKERS_DEADLINE, peers.cache_stat()).await {
@@ -91,6 +95,28 @@ impl Teller {
             }
         }
         stats
+    }
+
+    /// Takes options over at once, all or none, and has successors begin with them.
+    ///
+    /// # Errors
+    /// As [`options::check_live`]; when the holder cannot be told, after they were taken over.
+    pub fn set(&self, texts: Vec<String>) -> Result<()> {
+        let new = options::check_live(&texts)?;
+        if let Some(level) = &new.log_level {
+            log::set_level(level)?;
+        }
+        let is_set = |name| texts.iter().any(|t| t.starts_with(&format!("{name}=")));
+        self.fs.reader().configure(|c| {
+            if is_set("readahead") {
+                c.readahead_bytes = new.readahead_bytes;
+            }
+            if is_set("read_deadline") {
+                c.deadline = new.read_deadline;
+            }
+        });
+        info!(options = texts.join(","), "options are taken over");
+        self.held.as_ref().map_or(Ok(()), |held| held.set_options(texts))
     }
 
     /// Looks whether a program can serve this mount, and has it do so in the place of this process.
@@ -171,6 +197,10 @@ impl Handler for Teller {
                     "uptime_s": self.started.elapsed().as_secs(),
                     "version": env!("CARGO_PKG_VERSION"),
                 }),
+                Request::Set { options } => match self.set(options) {
+                    Ok(()) => json!({ "set": true }),
+                    Err(e) => json!({ "error": e.to_string() }),
+                },
                 Request::History => json!({ "events": self.held.as_ref().map(|h| h.events()).unwrap_or_default() }),
                 Request::Upgrade { id, program, options } => match self.upgrade(id, program, options).await {
                     Ok(()) => json!({ "tried": true }),

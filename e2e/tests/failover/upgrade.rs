@@ -2,13 +2,16 @@
 
 use crate::load::PATIENCE;
 use crate::write::{rig, writers};
-use efc_e2e::{Mount, program, wait_for};
+use efc_e2e::{Cluster, Mount, WorkerSpec, program, wait_for, within};
+use efc_fuse::control::{self, Request};
+use efc_testkit::scratch;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 /// Runs `efc-fuse` with these arguments.
 fn efc_fuse(mount: &Mount, command: &str, args: &[&str]) -> Output {
@@ -28,6 +31,14 @@ fn history(mount: &Mount) -> Vec<Value> {
     assert!(out.status.success(), "{out:?}");
     let said: Value = serde_json::from_slice(&out.stdout).expect("json");
     said["events"].as_array().expect("events").clone()
+}
+
+/// The metrics of the process that serves.
+fn exposition(mount: &Mount) -> String {
+    let mut text = String::new();
+    let ask = control::ask(&mount.path, &Request::Metrics, |v| text = v["text"].as_str().expect("text").into());
+    tokio::runtime::Runtime::new().expect("runtime").block_on(ask).expect("metrics");
+    text
 }
 
 /// A program that does `text`.
@@ -78,6 +89,19 @@ fn upgrades_are_a_pause_for_writers() {
     // The oldest are forgotten.
     assert!(what.iter().filter(|w| *w == "upgrade").count() >= (rounds + 1).min(45), "{what:?}");
     assert!(what.iter().any(|w| w == "crash"), "{what:?}");
+    // Each takeover is counted, and so is its pause.
+    let out = efc_fuse(&r.mount, "stats", &["-o", "json"]);
+    let stats: Value = serde_json::from_slice(&out.stdout).expect("json");
+    let takeovers = rounds as u64 + 2;
+    assert_eq!((&stats["takeovers"], &stats["last_takeover"]["what"]), (&takeovers.into(), &"upgrade".into()));
+    let exposed = exposition(&r.mount);
+    for line in [
+        format!("efc_failover_seconds_count {takeovers}"),
+        format!("efc_failover_total{{reason=\"upgrade\"}} {}", takeovers - 1),
+        "efc_failover_total{reason=\"crash\"} 1".into(),
+    ] {
+        assert!(exposed.lines().any(|l| l == line), "{line}: {exposed}");
+    }
     r.finish(&["the mount process is gone"]);
 }
 
@@ -121,7 +145,73 @@ fn an_upgrade_to_a_broken_program_leaves_the_old_one_serving() {
         let exe = std::fs::read_link(format!("/proc/{}/exe", r.mount.pid())).expect("exe");
         assert_eq!(exe.display().to_string(), serves);
     }
-    assert_eq!(history(&r.mount).iter().filter(|e| e["what"] == "upgrade_failed").count(), 2);
+    let all = history(&r.mount);
+    assert!(all.len() == 2 && all.iter().all(|e| e["what"] == "upgrade_failed" && e["pid"] != 0), "{all:?}");
     println!("longest step {:?}", load.finish());
-    r.finish(&["could not take the mount over", "no other program takes over", "does not answer"]);
+    r.finish(&[
+        "could not take the mount over",
+        "no other program takes over",
+        "does not answer",
+        "was not told what is kept",
+    ]);
+}
+
+/// Options that are taken over while the mount serves, by its process and by those that come after it.
+#[test]
+fn options_are_set_while_the_mount_serves() {
+    let dir = scratch("options").expect("scratch");
+    let cluster =
+        Cluster::start(1, &[WorkerSpec { memory: "64MiB".into(), ..WorkerSpec::default() }]).expect("cluster");
+    let source = format!("file://{}", dir.path().display());
+    let m = Mount::start(&source, &["ro", &cluster.option()], &[]).expect("mount");
+    let pid = m.pid();
+    for (option, code, why) in [
+        ("memory=2GiB", 7, "--option memory=2GiB"),
+        ("readahead=much", 2, "readahead"),
+        ("speed=3", 2, "unknown"),
+        ("log_level=a=b=c", 1, "not a filter"),
+    ] {
+        let out = efc_fuse(&m, "set", &[option]);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.code() == Some(code) && said.contains(why), "{option}: {out:?}");
+    }
+    let set = |args: &[&str]| {
+        let out = efc_fuse(&m, "set", args);
+        assert!(out.status.success(), "{out:?}");
+    };
+    // Were bytes of a new file there before they were asked for? Without read-ahead a request may find what the one before it has left of its last block.
+    let is_read_ahead = |name: &str| {
+        let path = m.path.join(name);
+        std::fs::write(dir.path().join(name), vec![7; 16 << 20]).expect("write");
+        let bytes = || m.stats().expect("stats")["tiers"]["client"]["bytes"].as_u64().unwrap_or(0);
+        let before = bytes();
+        assert_eq!(within(PATIENCE, move || std::fs::read(path)).expect("read").len(), 16 << 20);
+        (bytes() - before) as f64 > 0.05 * f64::from(16 << 20)
+    };
+    let traced = || m.log().expect("log").matches(" TRACE ").count();
+    assert!(is_read_ahead("one"));
+    assert_eq!(traced(), 0);
+    set(&["readahead=0", "log_level=info,h2=trace"]);
+    assert!(!is_read_ahead("two"));
+    wait_for("word of the session", PATIENCE, || Ok(traced() > 0)).expect("traced");
+    assert_eq!(m.pid(), pid);
+    let replaced = |pid: u32| {
+        m.kill_server();
+        wait_for("another process", PATIENCE, || Ok(m.pid() != pid)).expect("replaced");
+    };
+    replaced(pid);
+    let before = traced();
+    assert!(!is_read_ahead("three"));
+    wait_for("word of the session", PATIENCE, || Ok(traced() > before)).expect("traced");
+    // Another holder and its processes begin with that as well.
+    set(&["readahead=16MiB", "log_level=info"]);
+    m.kill_holder().expect("another holder");
+    // That must have been told everything before the process may die: both at once is the end.
+    std::thread::sleep(Duration::from_millis(500));
+    replaced(m.pid());
+    let before = traced();
+    assert!(is_read_ahead("four"));
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(traced(), before);
+    m.finish(&["the mount process is gone", "the holder of this mount was gone"]).expect("log");
 }

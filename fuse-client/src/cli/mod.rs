@@ -4,6 +4,7 @@ pub mod dirty;
 pub mod doctor;
 pub mod mount;
 pub mod refresh;
+pub mod set;
 pub mod stats;
 pub mod upgrade;
 
@@ -41,6 +42,12 @@ enum Command {
 the old one goes on, and this command fails.\n\nExamples:\n  efc-fuse upgrade /mnt                              the program the mount was started with, after its file was replaced\n  efc-fuse upgrade /mnt --binary /opt/efc-1.2/efc-fuse\n  efc-fuse upgrade /mnt --option memory=4GiB         the same program with another option"
     )]
     Upgrade(UpgradeArgs),
+    /// Change options of a mount while it serves: nobody notices, and successors of its process begin with them.
+    #[command(
+        after_help = "Options: readahead, read_deadline, log_level (`efc-fuse mount --help` says what they do). Others need `efc-fuse upgrade MOUNTPOINT --option`, which is a short pause.\n\nExamples:\n  \
+efc-fuse set /mnt readahead=128MiB\n  efc-fuse set /mnt log_level=info,efc_fuse=debug"
+    )]
+    Set(SetArgs),
     /// Show what happened to the processes of a mount: replaced after a crash or a hang, upgraded.
     History(HistoryArgs),
     /// Forget what is remembered of a path in a mount and below: the next look asks the origin, before the ttl is over.
@@ -151,6 +158,19 @@ pub struct UpgradeArgs {
     pub output: String,
 }
 
+/// Arguments of `efc-fuse set`.
+#[derive(Debug, Args)]
+pub struct SetArgs {
+    /// The mountpoint.
+    pub mountpoint: PathBuf,
+    /// What is to change.
+    #[arg(value_name = "NAME=VALUE", required = true)]
+    pub options: Vec<String>,
+    /// Output: text or json.
+    #[arg(short, long, default_value = "text")]
+    pub output: String,
+}
+
 /// Arguments of `efc-fuse history`.
 #[derive(Debug, Args)]
 pub struct HistoryArgs {
@@ -238,6 +258,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
         Command::Umount(a) => mount::umount(&a.mountpoint, a.lazy, a.force),
         Command::Stats(a) => stats::stats(&a),
         Command::Upgrade(a) => upgrade::upgrade(&a),
+        Command::Set(a) => set::set(&a),
         Command::History(a) => upgrade::history(&a),
         Command::Refresh(a) => refresh::refresh(&a),
         Command::Dirty(a) => dirty::dirty(&a),

@@ -186,6 +186,11 @@ impl EfcFs {
         }
     }
 
+    /// Serves reads.
+    pub fn reader(&self) -> &Reader {
+        &self.shared.parts.reader
+    }
+
     fn inode(&self, id: u64) -> Result<Arc<Inode>> {
         self.shared.inode(id)
     }

@@ -1,7 +1,9 @@
 //! The mount process's side of its holder. It has everything that the holder keeps, so when the holder is gone it starts another.
 
-use super::line::{Event, Item, Line, Message, Upgrade};
+use super::line::{Event, Item, Line, Message, Past, Upgrade};
 use super::{HELD_PID, Kept, LIFE_MIN, inherited_line, reap_later, spawn, tell_all};
+use crate::options;
+use efc_common::metrics::{counter, histogram};
 use efc_common::{Error, Kind, Result};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
@@ -16,6 +18,17 @@ use tracing::{error, warn};
 /// So many holders in a row that live less than [`LIFE_MIN`], and no more are started.
 const HOLDERS_MAX: u32 = 5;
 
+/// One takeover more.
+fn observe(pause_ms: u64) {
+    histogram!("efc_failover_seconds").record(pause_ms as f64 / 1e3);
+}
+
+fn expose(failovers: &BTreeMap<String, u64>) {
+    for (reason, count) in failovers {
+        counter!("efc_failover_total", "reason" => reason.clone()).absolute(*count);
+    }
+}
+
 fn quick_deaths() -> Error {
     Error::new(Kind::Io, format!("{HOLDERS_MAX} holders in a row ended at once"))
 }
@@ -28,9 +41,9 @@ pub struct Held {
     kept: Mutex<Kept>,
     /// This process ends: it needs no holder any more.
     ends: AtomicBool,
-    /// How often a mount process was replaced, by reason.
-    pub failovers: BTreeMap<String, u64>,
-    events: Mutex<Vec<Event>>,
+    past: Mutex<Past>,
+    /// What was set since this process began.
+    options: Mutex<Vec<String>>,
     /// What the holder wants.
     wish: watch::Sender<Wish>,
 }
@@ -76,7 +89,7 @@ impl Held {
     pub fn inherited() -> Result<Option<Held>> {
         let Some(line) = inherited_line()? else { return Ok(None) };
         let gone = || Error::new(Kind::Unavailable, "the holder of this mount process is gone");
-        let Some((Message::Kept { items: count, failovers, events }, _)) = line.receive()? else { return Err(gone()) };
+        let Some((Message::Kept { items: count, past }, _)) = line.receive()? else { return Err(gone()) };
         let mut kept = Kept::new();
         for _ in 0..count {
             let Some((Message::Keep { item, text }, fd)) = line.receive()? else { return Err(gone()) };
@@ -86,8 +99,8 @@ impl Held {
             line: Mutex::new(Arc::new(line)),
             kept: Mutex::new(kept),
             ends: AtomicBool::new(false),
-            failovers,
-            events: Mutex::new(events),
+            past: Mutex::new(past),
+            options: Mutex::default(),
             wish: watch::Sender::default(),
         }))
     }
@@ -126,12 +139,31 @@ impl Held {
         let line = self.line.lock().clone();
         while let Ok(Some((message, _))) = line.receive() {
             match message {
-                Message::Event(event) => self.events.lock().push(event),
+                Message::Event(event) => self.happened(event),
                 Message::Upgrade(upgrade) => drop(self.wish.send_replace(Wish::Upgrade(upgrade))),
                 Message::Leave => drop(self.wish.send_replace(Wish::Leave)),
                 _ => {}
             }
         }
+    }
+
+    /// This process serves since then.
+    fn happened(&self, event: Event) {
+        let mut past = self.past.lock();
+        if event.what == "upgrade" {
+            // What else it is replaced for was counted before it began.
+            past.count(&event.what);
+        }
+        observe(event.pause_ms);
+        past.remember(event);
+        expose(&past.failovers);
+    }
+
+    /// Shows what happened so far in the metrics of this process.
+    pub fn expose(&self) {
+        let past = self.past.lock();
+        past.pauses_ms.iter().for_each(|pause| observe(*pause));
+        expose(&past.failovers);
     }
 
     /// Starts a holder for this process, and gives it everything. Its process.
@@ -140,10 +172,10 @@ impl Held {
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let text = "the holder was gone; another holds the mount".into();
         let event = Event { at, what: "holder".into(), pid: std::process::id(), pause_ms: 0, text, upgrade: 0 };
-        self.events.lock().push(event);
+        self.past.lock().remember(event);
         let pid = std::process::id().to_string();
-        let (child, line) = spawn(&std::env::current_exe()?, [].iter(), &[(HELD_PID, &pid)])?;
-        tell_all(&line, &kept, &self.failovers, &self.events.lock())?;
+        let (child, line) = spawn(&std::env::current_exe()?, self.options.lock().iter(), &[(HELD_PID, &pid)])?;
+        tell_all(&line, &kept, &self.past.lock())?;
         line.send(&Message::Ready, None)?;
         *self.line.lock() = Arc::new(line);
         let started = child.id();
@@ -212,7 +244,23 @@ impl Held {
 
     /// What happened to the mount's processes.
     pub fn events(&self) -> Vec<Event> {
-        self.events.lock().clone()
+        self.past.lock().events.clone()
+    }
+
+    /// How often the mount's process was replaced, and the last time.
+    pub fn takeovers(&self) -> (u64, Option<Event>) {
+        let past = self.past.lock();
+        let last = past.events.iter().rfind(|e| e.is_takeover()).cloned();
+        (past.failovers.values().sum(), last)
+    }
+
+    /// Successors are to begin with these options as well.
+    ///
+    /// # Errors
+    /// As [`Held::keep`].
+    pub fn set_options(&self, new: Vec<String>) -> Result<()> {
+        options::replace(&mut self.options.lock(), new.clone());
+        self.say(&Message::Options(new), None)
     }
 
     /// Has the holder start another program in the place of this process, which will be told to leave.

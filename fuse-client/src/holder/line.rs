@@ -1,7 +1,7 @@
 //! The line between a holder and its mount process: a SEQPACKET socket pair. A message is one packet of JSON, with an fd where something is kept that has one.
 //!
 //! ```text
-//! holder → mount   kept { items, failovers, events }, then a keep for each item
+//! holder → mount   kept { items, past }, then a keep for each item
 //!                  event                       one more
 //!                  upgrade                     a signal asks for it
 //!                  leave                       end as soon as nothing is under way, and leave the mount to another process
@@ -10,6 +10,7 @@
 //!                  drop { item }               it is not needed any more
 //!                  ready                       the mount answers
 //!                  upgrade { … }               start another program in my place
+//!                  options                     successors begin with these as well
 //!                  left                        everything is written down
 //!                  bye { code, text }          the process ends because it was told to, or cannot go on
 //! ```
@@ -23,6 +24,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// Longest message, bytes.
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
+
+/// So many events are remembered, and so many pauses: a message has to hold all of them.
+const EVENTS_MAX: usize = 50;
+const PAUSES_MAX: usize = 4000;
 
 /// What a holder keeps for the next mount process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -56,9 +61,9 @@ impl Item {
 pub struct Event {
     /// When, seconds since 1970.
     pub at: u64,
-    /// `crash`, `hang`, `failed` (a process could not take over), `upgrade`, `upgrade_failed` (the program of before goes on), `holder` (that was replaced itself).
+    /// `crash`, `hang`, `failed` (a process could not take over), `upgrade`, `upgrade_failed` (the program of before went on), `holder` (that was replaced itself).
     pub what: String,
-    /// The process that serves since then; 0: none yet.
+    /// The process that serves since then.
     pub pid: u32,
     /// How long the mount was not served, milliseconds.
     pub pause_ms: u64,
@@ -66,6 +71,45 @@ pub struct Event {
     pub text: String,
     /// Number of the upgrade, if it was one.
     pub upgrade: u64,
+}
+
+/// What happened to the processes of a mount.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Past {
+    /// How often one was replaced, by reason.
+    pub failovers: BTreeMap<String, u64>,
+    /// The last events.
+    pub events: Vec<Event>,
+    /// How long nobody served, each time, milliseconds.
+    pub pauses_ms: Vec<u64>,
+}
+
+impl Past {
+    /// A process was replaced.
+    pub fn count(&mut self, reason: &str) {
+        *self.failovers.entry(reason.into()).or_default() += 1;
+    }
+
+    /// This has happened.
+    pub fn remember(&mut self, event: Event) {
+        fn push<T>(all: &mut Vec<T>, one: T, most: usize) {
+            if all.len() >= most {
+                all.remove(0);
+            }
+            all.push(one);
+        }
+        if event.is_takeover() {
+            push(&mut self.pauses_ms, event.pause_ms, PAUSES_MAX);
+        }
+        push(&mut self.events, event, EVENTS_MAX);
+    }
+}
+
+impl Event {
+    /// Did another process begin to serve?
+    pub fn is_takeover(&self) -> bool {
+        self.what != "holder"
+    }
 }
 
 /// A program that is to serve the mount.
@@ -99,15 +143,15 @@ pub enum Message {
     Kept {
         /// How many.
         items: usize,
-        /// How often a mount process was replaced, by reason.
-        failovers: BTreeMap<String, u64>,
         /// What happened so far.
-        events: Vec<Event>,
+        past: Past,
     },
     /// This happened.
     Event(Event),
     /// Another program is to serve the mount.
     Upgrade(Upgrade),
+    /// Successors begin with these as well.
+    Options(Vec<String>),
     /// The process is to leave the mount to another.
     Leave,
     /// It has.

@@ -11,9 +11,10 @@ pub use held::{Held, Left, Wish};
 
 use crate::cli::MountArgs;
 use crate::kernel::Mount;
+use crate::options;
 use crate::shared::Users;
 use efc_common::{Error, Kind, Result};
-use line::{Event, Item, Line, Message, Upgrade};
+use line::{Event, Item, Line, Message, Past, Upgrade};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -33,8 +34,6 @@ const OWN_PROGRAM: &str = "/proc/self/exe";
 const LEAVE_DEADLINE: Duration = Duration::from_secs(4);
 /// Another program may take so long to serve; then the one of before goes on. Less than the time of a lease: advisory locks are kept no longer.
 const TRIAL_DEADLINE: Duration = Duration::from_secs(4);
-/// So much is remembered.
-const EVENTS_MAX: usize = 50;
 /// Longest text of an event, characters.
 const EVENT_TEXT_MAX: usize = 300;
 /// Tells a holder which mount process it is to hold, that has lost its holder.
@@ -109,22 +108,21 @@ struct Holder {
     found: Option<(u32, Line)>,
     /// What serves the mount.
     program: PathBuf,
-    /// Options that upgrades gave.
+    /// Options that came after the mount's own.
     options: Vec<String>,
     /// What is to be tried next, or is being tried.
     trial: Option<Upgrade>,
-    events: Vec<Event>,
+    past: Past,
     /// Since when nobody serves.
     idle_since: Option<Instant>,
     /// The process that lives now has said that it serves.
     is_ready: bool,
     kept: Kept,
     signals: SignalFd,
-    failovers: BTreeMap<String, u64>,
     /// Mount processes in a row that have not lived.
     deaths: u32,
-    /// How and why the last one was lost, until another serves.
-    lost: Option<(String, String)>,
+    /// How and why one was lost, and the number of the upgrade if it was for that, until another serves.
+    lost: Option<(String, String, u64)>,
     watch: Option<Watch>,
     /// It was killed because it did not answer.
     hung: bool,
@@ -148,12 +146,11 @@ impl Holder {
             program,
             options: Vec::new(),
             trial: None,
-            events: Vec::new(),
+            past: Past::default(),
             idle_since: None,
             is_ready: false,
             kept: Kept::new(),
             signals: signals.map_err(std::io::Error::from)?,
-            failovers: BTreeMap::new(),
             deaths: 0,
             lost: None,
             watch: None,
@@ -213,8 +210,6 @@ impl Holder {
             "upgrade" => info!(lived_s, "the mount process has left the mount to another program"),
             "upgrade_failed" => {
                 error!(text, "another program could not take the mount over; the one of before goes on");
-                let id = self.trial.take().map_or(0, |t| t.id);
-                self.remember("upgrade_failed".into(), text.into(), 0, id);
             }
             "failed" => warn!(text, "a mount process could not take over"),
             _ => error!(status = text, reason, lived_s, "the mount process is gone; another takes over"),
@@ -222,10 +217,10 @@ impl Holder {
         if reason == "upgrade" {
             return Ok(());
         }
-        *self.failovers.entry(reason.into()).or_default() += 1;
-        if !reason.starts_with("upgrade") {
-            self.lost = Some((reason.into(), text.into()));
-        }
+        self.past.count(reason);
+        let id = self.trial.take().map_or(0, |t| t.id);
+        // What comes before another serves comes of that.
+        self.lost.get_or_insert_with(|| (reason.into(), text.into(), id));
         self.deaths = if lived > LIFE_MIN { 0 } else { self.deaths + 1 };
         if self.deaths >= DEATHS_MAX {
             error!(mountpoint = %self.mountpoint.display(), "no mount process lives; the mount is given up");
@@ -241,33 +236,23 @@ impl Holder {
 
     /// Process `pid` serves. What is to be remembered of that.
     fn serves(&mut self, pid: u32) -> Option<Event> {
+        let pause = self.idle_since.take().map_or(Duration::ZERO, |t| t.elapsed());
         let (what, text, upgrade) = match (self.trial.take(), self.lost.take()) {
             (Some(trial), _) => {
                 info!(program = trial.program, pid, "another program serves the mount");
                 self.program = PathBuf::from(&trial.program);
-                self.options.extend(trial.options);
-                *self.failovers.entry("upgrade".into()).or_default() += 1;
+                options::replace(&mut self.options, trial.options);
+                self.past.count("upgrade");
                 ("upgrade".into(), trial.program, trial.id)
             }
-            (None, Some((what, text))) => (what, text, 0),
-            (None, None) => (String::new(), String::new(), 0),
+            (None, Some(lost)) => lost,
+            (None, None) => return None,
         };
-        let event = (!what.is_empty()).then(|| self.remember(what, text, pid, upgrade));
-        self.idle_since = None;
-        event
-    }
-
-    fn remember(&mut self, what: String, text: String, pid: u32, upgrade: u64) -> Event {
-        if self.events.len() >= EVENTS_MAX {
-            self.events.remove(0);
-        }
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let pause_ms = self.idle_since.map_or(0, |t| t.elapsed().as_millis() as u64);
-        // A message has to hold all of them.
         let text = text.chars().take(EVENT_TEXT_MAX).collect();
-        let event = Event { at, what, pid, pause_ms, text, upgrade };
-        self.events.push(event.clone());
-        event
+        let event = Event { at, what, pid, pause_ms: pause.as_millis() as u64, text, upgrade };
+        self.past.remember(event.clone());
+        Some(event)
     }
 
     /// One mount process, from its start to its end.
@@ -326,12 +311,11 @@ impl Holder {
                         self.trial = Some(upgrade);
                         tell(&line, &Message::Leave);
                     }
+                    Ok(Some((Message::Options(options), _))) => options::replace(&mut self.options, options),
                     Ok(Some((Message::Left, _))) => left = true,
                     Ok(Some((Message::Bye { code, text }, _))) => bye = Some((code, text)),
                     // From a process whose holder is gone: what that knew.
-                    Ok(Some((Message::Kept { failovers, events, .. }, _))) => {
-                        (self.failovers, self.events) = (failovers, events);
-                    }
+                    Ok(Some((Message::Kept { past, .. }, _))) => self.past = past,
                     Ok(Some((Message::Event(_) | Message::Leave, _)) | None) => {}
                     Err(e) => warn!(error = %e, "a message of the mount process was not understood"),
                 }
@@ -395,7 +379,7 @@ impl Holder {
         let program = trial.map_or(&*self.program, |t| Path::new(&t.program));
         let options = self.options.iter().chain(trial.iter().flat_map(|t| &t.options));
         let (child, line) = spawn(program, options, &[])?;
-        if let Err(e) = tell_all(&line, &self.kept, &self.failovers, &self.events) {
+        if let Err(e) = tell_all(&line, &self.kept, &self.past) {
             warn!(error = %e, "the mount process was not told what is kept for it");
         }
         Ok((child, line))
@@ -413,9 +397,8 @@ fn reap_later(mut child: Child) -> Result<()> {
 }
 
 /// Gives everything that is kept and known to the other end of a new line.
-fn tell_all(line: &Line, kept: &Kept, failovers: &BTreeMap<String, u64>, events: &[Event]) -> Result<()> {
-    let (failovers, events) = (failovers.clone(), events.to_vec());
-    line.send(&Message::Kept { items: kept.len(), failovers, events }, None)?;
+fn tell_all(line: &Line, kept: &Kept, past: &Past) -> Result<()> {
+    line.send(&Message::Kept { items: kept.len(), past: past.clone() }, None)?;
     for (item, (text, fd)) in kept {
         line.send(&Message::Keep { item: *item, text: text.clone() }, fd.as_ref().map(AsFd::as_fd))?;
     }

@@ -14,6 +14,7 @@ use efc_common::limit::ByteBudget;
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use futures::StreamExt;
+use parking_lot::Mutex;
 use parts::{PART_BYTES, Part, Parts};
 use source::{DataSource, File};
 use std::ops::Range;
@@ -26,7 +27,7 @@ use tokio::runtime::Handle;
 const SECOND_TRY_PART: u32 = 10;
 
 /// How the reader behaves.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct ReadConfig {
     /// A stream goes at most this far ahead, bytes; 0 = no read-ahead.
     pub readahead_bytes: u64,
@@ -41,14 +42,19 @@ pub struct Reader {
     budget: ByteBudget,
     tasks: TaskGroup,
     runtime: Handle,
-    config: ReadConfig,
+    config: Mutex<ReadConfig>,
 }
 
 impl Reader {
     /// A reader over `source` that holds at most `budget`. To be made inside the runtime that its loads shall run on.
     pub fn new(source: Arc<DataSource>, budget: ByteBudget, tasks: TaskGroup, config: ReadConfig) -> Self {
         let parts = Arc::new(Parts::new(budget.clone()));
-        Reader { source, parts, budget, tasks, runtime: Handle::current(), config }
+        Reader { source, parts, budget, tasks, runtime: Handle::current(), config: Mutex::new(config) }
+    }
+
+    /// Behaves like this from now on.
+    pub fn configure(&self, change: impl FnOnce(&mut ReadConfig)) {
+        change(&mut self.config.lock());
     }
 
     /// The budget it draws on.
@@ -64,7 +70,7 @@ impl Reader {
         let plan = {
             let mut streams = inode.streams.lock();
             let streams = streams.get_or_insert_with(|| Box::new(Streams::default()));
-            streams.plan(range.clone(), size, self.config.readahead_bytes)
+            streams.plan(range.clone(), size, self.config.lock().readahead_bytes)
         };
         let file = self.source.file(inode);
         if plan == Plan::Random {
@@ -104,7 +110,8 @@ impl Reader {
             }
         };
         let second = inode.streams.lock().as_mut().is_some_and(|s| s.is_second_try());
-        let deadline = if second { self.config.deadline / SECOND_TRY_PART } else { self.config.deadline };
+        let whole = self.config.lock().deadline;
+        let deadline = if second { whole / SECOND_TRY_PART } else { whole };
         let outcome = tokio::time::timeout(deadline, work).await.unwrap_or_else(|_| {
             let e = Error::new(Kind::Timeout, "read did not end within its deadline");
             Err(e.with("seconds", deadline.as_secs_f32()))
