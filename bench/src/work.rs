@@ -155,7 +155,8 @@ pub fn random(mount: &Path, data: &Data, size: usize, jobs: usize, time: Duratio
         let mut buffer = vec![0; size];
         let mut state = seed ^ (job as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let mut bytes = 0;
-        while Instant::now() < deadline && !failed.load(Relaxed) {
+        // Once at least, however late the thread began.
+        while (latencies.is_empty() || Instant::now() < deadline) && !failed.load(Relaxed) {
             // Xorshift64* (Vigna 2016).
             state ^= state >> 12;
             state ^= state << 25;
