@@ -176,20 +176,23 @@ fn split(texts: &[String]) -> Vec<(String, Option<String>)> {
 /// The options in `texts` but for `name`, one each.
 pub fn all_but(texts: &[String], name: &str) -> Vec<String> {
     let others = split(texts).into_iter().filter(|(n, _)| n != name);
-    let text = |(name, value): (String, Option<String>)| match value {
-        Some(value) => format!("{name}={}", value.replace(',', "\\,")),
-        None => name,
-    };
-    others.map(text).collect()
+    others.map(|(name, value)| text(name, value)).collect()
 }
 
-/// Puts `new` options into `all`, each in the place of one of its name.
-pub fn replace(all: &mut Vec<String>, new: Vec<String>) {
-    fn name(option: &str) -> &str {
-        option.split_once('=').map_or(option, |(name, _)| name)
+/// An option as it is written.
+fn text(name: String, value: Option<String>) -> String {
+    match value {
+        Some(value) => format!("{name}={}", value.replace(',', "\\,")),
+        None => name,
     }
-    all.retain(|old| !new.iter().any(|n| name(n) == name(old)));
-    all.extend(new);
+}
+
+/// Puts the options in `new` at the end of `all`, in which each text is one option, without those of these names that were there.
+pub fn replace(all: &mut Vec<String>, new: &[String]) {
+    for (name, value) in split(new) {
+        *all = all_but(all, &name);
+        all.push(text(name, value));
+    }
 }
 
 impl MountOptions {
@@ -411,6 +414,15 @@ mod tests {
         assert_eq!(m.source["endpoint"], "http://h:1");
         assert!(!m.allow_other);
         assert_eq!(parse("data_dir=/x\\,y").expect("comma").data_dir, Some("/x,y".into()));
+    }
+
+    #[test]
+    fn what_is_set_takes_the_place_of_what_was() {
+        let mut all = Vec::new();
+        replace(&mut all, &["readahead=1,log_level=info\\,h2=trace".into(), "ro".into()]);
+        assert_eq!(all, ["readahead=1", "log_level=info\\,h2=trace", "ro"]);
+        replace(&mut all, &["log_level=warn".into(), "ro".into()]);
+        assert_eq!(all, ["readahead=1", "log_level=warn", "ro"]);
     }
 
     #[test]

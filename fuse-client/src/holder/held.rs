@@ -259,7 +259,7 @@ impl Held {
     /// # Errors
     /// As [`Held::keep`].
     pub fn set_options(&self, new: Vec<String>) -> Result<()> {
-        options::replace(&mut self.options.lock(), new.clone());
+        options::replace(&mut self.options.lock(), &new);
         self.say(&Message::Options(new), None)
     }
 

@@ -22,12 +22,14 @@ use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-/// Longest message, bytes.
-const MESSAGE_BYTES_MAX: usize = 64 << 10;
+/// Longest message, bytes: less than what a socket takes by default.
+const MESSAGE_BYTES_MAX: usize = 128 << 10;
 
 /// So many events are remembered, and so many pauses: a message has to hold all of them.
 const EVENTS_MAX: usize = 50;
-const PAUSES_MAX: usize = 4000;
+/// Longest text of an event, characters.
+pub(super) const EVENT_TEXT_MAX: usize = 300;
+const PAUSES_MAX: usize = 1000;
 
 /// What a holder keeps for the next mount process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -262,6 +264,19 @@ mod tests {
         assert!(matches!(b.receive(), Ok(Some((Message::Ready, None)))));
         assert!(matches!(b.receive(), Ok(None)), "gone");
         assert!(b.send(&Message::Ready, None).is_err_and(|e| e.is(Kind::Unavailable)));
+    }
+
+    #[test]
+    fn the_longest_past_is_one_message() {
+        let (a, b) = pair();
+        let text = "\u{1}".repeat(EVENT_TEXT_MAX);
+        let event = Event { at: u64::MAX, what: "upgrade_failed".into(), pid: 1, pause_ms: 99_999, text, upgrade: 1 };
+        let mut past = Past::default();
+        (0..2 * PAUSES_MAX).for_each(|_| past.remember(event.clone()));
+        assert_eq!((past.events.len(), past.pauses_ms.len()), (EVENTS_MAX, PAUSES_MAX));
+        let kept = Message::Kept { items: 1, past };
+        a.send(&kept, None).expect("send");
+        assert_eq!(b.receive().expect("receive").map(|(message, _)| message), Some(kept));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::kernel::Mount;
 use crate::options;
 use crate::shared::Users;
 use efc_common::{Error, Kind, Result};
-use line::{Event, Item, Line, Message, Past, Upgrade};
+use line::{EVENT_TEXT_MAX, Event, Item, Line, Message, Past, Upgrade};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -34,8 +34,6 @@ const OWN_PROGRAM: &str = "/proc/self/exe";
 const LEAVE_DEADLINE: Duration = Duration::from_secs(4);
 /// Another program may take so long to serve; then the one of before goes on. Less than the time of a lease: advisory locks are kept no longer.
 const TRIAL_DEADLINE: Duration = Duration::from_secs(4);
-/// Longest text of an event, characters.
-const EVENT_TEXT_MAX: usize = 300;
 /// Tells a holder which mount process it is to hold, that has lost its holder.
 const HELD_PID: &str = "EFC_HELD_PID";
 /// Tells a process the number of its end of the line.
@@ -241,7 +239,7 @@ impl Holder {
             (Some(trial), _) => {
                 info!(program = trial.program, pid, "another program serves the mount");
                 self.program = PathBuf::from(&trial.program);
-                options::replace(&mut self.options, trial.options);
+                options::replace(&mut self.options, &trial.options);
                 self.past.count("upgrade");
                 ("upgrade".into(), trial.program, trial.id)
             }
@@ -311,7 +309,7 @@ impl Holder {
                         self.trial = Some(upgrade);
                         tell(&line, &Message::Leave);
                     }
-                    Ok(Some((Message::Options(options), _))) => options::replace(&mut self.options, options),
+                    Ok(Some((Message::Options(options), _))) => options::replace(&mut self.options, &options),
                     Ok(Some((Message::Left, _))) => left = true,
                     Ok(Some((Message::Bye { code, text }, _))) => bye = Some((code, text)),
                     // From a process whose holder is gone: what that knew.
