@@ -87,7 +87,7 @@ fn findings(probe: &Result<KernelFeatures>) -> Vec<Finding> {
         say(
             k.resend,
             "a mount process that dies or is upgraded loses no request (RESEND)",
-            "no RESEND (Linux 6.9): requests under way at a crash of the mount process hang until the connection is aborted",
+            "no RESEND (Linux 6.9): requests under way at a crash of the mount process end with EINTR, or EIO if they may have been done",
         ),
         say(
             k.no_open,

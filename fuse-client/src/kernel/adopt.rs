@@ -5,7 +5,7 @@
 //! the threads start: it moves every request that was taken and never answered back into the queue, and requests that our own threads had
 //! already taken would be executed twice.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -16,6 +16,7 @@ use super::FileSystem;
 use super::adapter::Adapter;
 use super::conn::Conn;
 use super::init::{INIT_REQUEST_BYTES, InitRecord};
+use super::outcomes::Done;
 use super::readers::put_under;
 use super::session::{Session, SessionConfig, handshake};
 
@@ -24,8 +25,7 @@ const NOTIFY_RESEND: i32 = 7;
 
 /// Serves the running mount behind `fd`. The file system must already know every node id and handle the kernel may use.
 ///
-/// On kernels without RESEND (before 6.9) requests that the former process took and did not answer stay unanswered: adopt there only after a
-/// drain that left none.
+/// On kernels without RESEND (before 6.9) requests that the former process took and did not answer are ended, with EINTR or, where they may have been done, EIO.
 ///
 /// # Errors
 /// [`Kind::Unsupported`] for a record this version cannot serve, [`Kind::Unavailable`] when the connection is gone, else what the system said.
@@ -56,18 +56,26 @@ pub(super) fn replay_handshake(
     Ok(session)
 }
 
-/// Has the kernel send every taken and unanswered request again, marked in its number.
+/// Has the kernel send every taken and unanswered request again, marked in its number. A kernel that cannot gets those that are known answered here.
 ///
 /// # Errors
-/// [`Kind::Unavailable`] when the connection is gone. A kernel that does not know RESEND is logged, not refused.
+/// [`Kind::Unavailable`] when the connection is gone.
 pub(super) fn resend(conn: &Conn, record: &InitRecord) -> Result<()> {
-    match conn.notify(NOTIFY_RESEND, &[]) {
-        Ok(()) => Ok(()),
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            let abi = format!("{}.{}", record.abi_major, record.abi_minor);
-            tracing::warn!(abi, "this kernel cannot resend requests (Linux 6.9 can); those of the former process hang");
-            Ok(())
-        }
-        Err(e) => Err(Error::new(Kind::Unavailable, "the FUSE connection is gone; mount again").caused_by(e)),
+    let gone = |e| Error::new(Kind::Unavailable, "the FUSE connection is gone; mount again").caused_by(e);
+    if record.has_resend() {
+        return conn.notify(NOTIFY_RESEND, &[]).map_err(gone);
     }
+    let Some(outcomes) = &conn.outcomes else { return Ok(()) };
+    outcomes.note_all();
+    let left = outcomes.unanswered();
+    let count = left.len();
+    for (unique, Done { errno, payload }) in left {
+        conn.answer(unique, errno, &[IoSlice::new(&payload)]).map_err(gone)?;
+        outcomes.answered(unique);
+    }
+    tracing::warn!(
+        count,
+        "this kernel cannot send requests again (Linux 6.9 can); those of the former process are ended"
+    );
+    Ok(())
 }

@@ -63,6 +63,11 @@ impl InitRecord {
         Ok(record)
     }
 
+    /// Does this kernel send requests again?
+    pub(super) fn has_resend(&self) -> bool {
+        self.granted & InitFlags::FUSE_HAS_RESEND.bits() != 0
+    }
+
     /// Refuses a record this process cannot serve.
     pub(super) fn check(&self) -> Result<()> {
         if self.format != INIT_RECORD_FORMAT {
@@ -151,9 +156,9 @@ impl InitRequest {
             | InitFlags::FUSE_PARALLEL_DIROPS
             | InitFlags::FUSE_CACHE_SYMLINKS
             | InitFlags::FUSE_MAX_PAGES
-            | InitFlags::FUSE_HAS_RESEND
             | InitFlags::FUSE_HAS_EXPIRE_ONLY
             | InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
+        flags.set(InitFlags::FUSE_HAS_RESEND, config.resend);
         flags.set(InitFlags::FUSE_DO_READDIRPLUS, config.readdirplus);
         flags.set(InitFlags::FUSE_NO_OPEN_SUPPORT, config.no_open);
         flags.set(InitFlags::FUSE_NO_OPENDIR_SUPPORT, config.no_opendir);

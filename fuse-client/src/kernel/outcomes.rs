@@ -4,12 +4,16 @@
 //! done ([`Outcomes::begin`]) and again with its answer before that is sent: a successor that gets it again finds the answer, and gives it; or finds that it was begun, and has to look
 //! at the origin.
 //!
+//! A kernel without RESEND (before Linux 6.9) sends nothing again, so there every request is written down when it is taken ([`Outcomes::note_all`]): the successor ends those that are
+//! left ([`Outcomes::unanswered`]), which would hang for ever. A request that died with its process between the read from the connection and that is lost.
+//!
 //! ```text
 //! file     slots of 1024 bytes, in memory (memfd); a request under way has one
-//! slot     unique u64, state u8 (1 begun, 2 done), 3 bytes, errno i32, length u32, bytes: of what was begun, or of the answer
+//! slot     unique u64, state u8 (0 over, 1 begun, 2 done, 3 taken), 3 bytes, errno i32, length u32, bytes: of what was begun, or of the answer
 //! ```
 //! Integers are little-endian. One `pwrite` inside a page is whole or not there, whenever the process is killed.
 
+use super::metrics::Op;
 use efc_common::{Error, Kind, Result};
 use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
@@ -17,12 +21,14 @@ use std::fs::File;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 const SLOT_BYTES: usize = 1024;
 const HEAD_BYTES: usize = 20;
+const OVER: u8 = 0;
 const BEGUN: u8 = 1;
 const DONE: u8 = 2;
+const TAKEN: u8 = 3;
 /// Longest text of a slot, bytes.
 const TEXT_BYTES_MAX: usize = SLOT_BYTES - HEAD_BYTES;
 /// Slots that a file can have.
@@ -54,7 +60,11 @@ pub struct Outcomes {
     /// What the predecessor had begun, by request.
     begun: HashMap<u64, Vec<u8>>,
     done: Mutex<HashMap<u64, Done>>,
+    /// What it had taken and not begun.
+    taken: Vec<u64>,
     resent: Resent,
+    /// Is every request written down?
+    all: AtomicBool,
 }
 
 /// Requests that came a second time, since this process took over.
@@ -87,7 +97,9 @@ impl Outcomes {
             slots: Mutex::default(),
             begun: HashMap::new(),
             done: Mutex::default(),
+            taken: Vec::new(),
             resent: Resent::default(),
+            all: AtomicBool::new(false),
         };
         match left {
             Some(left) => this.resume(left),
@@ -109,10 +121,40 @@ impl Outcomes {
             self.slots.lock().inherited.insert(unique);
             match state {
                 BEGUN => drop(self.begun.insert(unique, text.to_vec())),
+                TAKEN => self.taken.push(unique),
                 _ => drop(self.done.lock().insert(unique, Done { errno, payload: text.to_vec() })),
             }
         }
         Ok(self)
+    }
+
+    /// From now on every request is written down when it is taken.
+    pub(super) fn note_all(&self) {
+        self.all.store(true, Relaxed);
+    }
+
+    /// May there be something of a request of this kind?
+    pub(super) fn knows(&self, op: Op) -> bool {
+        op.may_be_once() || self.all.load(Relaxed)
+    }
+
+    /// A request was taken. Nothing unless all are written down.
+    pub(super) fn taken(&self, unique: u64) {
+        if self.all.load(Relaxed)
+            && let Err(e) = self.write(unique, TAKEN, 0, &[])
+        {
+            tracing::error!(error = %e, "a request cannot be written down; after a crash at this moment it would hang");
+        }
+    }
+
+    /// How to end each request that the predecessor did not answer, on a kernel that does not send them again: as it would have; with EIO what it had begun, which may have been
+    /// done; with EINTR the rest.
+    pub(super) fn unanswered(&self) -> Vec<(u64, Done)> {
+        let refuse = |errno| Done { errno, payload: Vec::new() };
+        let done = std::mem::take(&mut *self.done.lock()).into_iter();
+        let begun = self.begun.keys().map(|unique| (*unique, refuse(libc::EIO)));
+        let taken = self.taken.iter().map(|unique| (*unique, refuse(libc::EINTR)));
+        done.chain(begun).chain(taken).collect()
     }
 
     /// The file, to be held by somebody else as well.
@@ -160,7 +202,7 @@ impl Outcomes {
         let left = std::mem::take(&mut self.slots.lock().inherited);
         for unique in left {
             self.done.lock().remove(&unique);
-            if let Err(e) = self.write(unique, 0, 0, &[]) {
+            if let Err(e) = self.write(unique, OVER, 0, &[]) {
                 tracing::debug!(error = %e, "an old outcome stays");
             }
             self.answered(unique);
@@ -185,6 +227,12 @@ impl Outcomes {
 
     /// Its answer was sent.
     pub(super) fn answered(&self, unique: u64) {
+        if self.all.load(Relaxed) && self.slots.lock().of.contains_key(&unique) {
+            // What stands there now would be ended a second time, when its number may be another's.
+            if let Err(e) = self.write(unique, OVER, 0, &[]) {
+                tracing::debug!(error = %e, "an old outcome stays");
+            }
+        }
         let mut slots = self.slots.lock();
         slots.inherited.remove(&unique);
         if let Some(slot) = slots.of.remove(&unique) {
@@ -232,7 +280,8 @@ fn parse(slot: &[u8]) -> Option<(u64, u8, i32, &[u8])> {
     let (length, rest) = rest.split_first_chunk()?;
     let text = rest.get(..u32::from_le_bytes(*length) as usize)?;
     let state = state[0];
-    matches!(state, BEGUN | DONE).then(|| (u64::from_le_bytes(*unique), state, i32::from_le_bytes(*errno), text))
+    matches!(state, BEGUN | DONE | TAKEN)
+        .then(|| (u64::from_le_bytes(*unique), state, i32::from_le_bytes(*errno), text))
 }
 
 #[cfg(test)]
@@ -274,6 +323,24 @@ mod tests {
         let d = Outcomes::new(Some(&left(&c))).expect("resume");
         assert_eq!(d.left_open().map(|(unique, _)| unique).collect::<Vec<_>>(), [8]);
         assert_eq!(d.take(2), None);
+    }
+
+    #[test]
+    fn what_is_not_sent_again_is_ended() {
+        let a = Outcomes::new(None).expect("new");
+        a.taken(2);
+        a.note_all();
+        for unique in [4, 6, 8, 10] {
+            a.taken(unique);
+        }
+        a.begin(6, b"six").expect("begin");
+        a.begin(8, b"eight").expect("begin");
+        a.finish(8, 0, &[IoSlice::new(b"done")]);
+        a.answered(10);
+        let b = Outcomes::new(Some(&left(&a))).expect("resume");
+        let mut left: Vec<_> = b.unanswered().into_iter().map(|(u, d)| (u, d.errno, d.payload)).collect();
+        left.sort_unstable();
+        assert_eq!(left, [(4, libc::EINTR, vec![]), (6, libc::EIO, vec![]), (8, 0, b"done".to_vec())]);
     }
 
     #[test]

@@ -31,6 +31,9 @@ impl Slot {
     /// Takes responsibility for request `unique` (as the kernel sent it, with the resend mark).
     pub(super) fn new(conn: Arc<Conn>, unique: u64, op: Op) -> Slot {
         conn.taken();
+        if let Some(outcomes) = &conn.outcomes {
+            outcomes.taken(unique & !RESENT);
+        }
         Slot { conn, unique, op, taken_at: Instant::now(), answered: false }
     }
 
@@ -50,7 +53,7 @@ impl Slot {
             }
         }
         // Nobody was told once the connection is left to a successor: that finds it.
-        if let Some(outcomes) = written_down.filter(|_| !self.conn.is_closed()) {
+        if let Some(outcomes) = self.conn.outcomes.as_ref().filter(|o| !self.conn.is_closed() && o.knows(self.op)) {
             outcomes.answered(self.unique & !RESENT);
         }
         self.conn.metrics.answered(self.op, self.taken_at, errno);

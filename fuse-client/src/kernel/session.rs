@@ -49,6 +49,8 @@ pub struct SessionConfig {
     pub no_opendir: bool,
     /// The file system answers for advisory locks; else the kernel does, for the processes of this node.
     pub locks: bool,
+    /// RESEND is asked for. Without it, as on kernels before Linux 6.9, a successor ends what was taken and not answered.
+    pub resend: bool,
     /// Notifications waiting for the kernel before new ones are refused.
     pub notify_queue: usize,
 }
@@ -66,6 +68,7 @@ impl Default for SessionConfig {
             no_open: true,
             no_opendir: false,
             locks: false,
+            resend: true,
             notify_queue: 1024,
         }
     }
@@ -122,6 +125,9 @@ impl Session {
         adopted: bool,
         session: fuser::Session<Adapter>,
     ) -> Result<Session> {
+        if let Some(outcomes) = conn.outcomes.as_ref().filter(|_| !record.has_resend()) {
+            outcomes.note_all();
+        }
         let notifier = Notifier::start(conn.clone(), &record, config.notify_queue)?;
         fs.init(&record.negotiated(adopted));
         let this = Session {

@@ -13,8 +13,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use efc_common::node::Time;
 use efc_fuse::kernel::{
-    AttrOut, Caller, DirReply, EntryOut, Errno, FileSystem, Mount, MountConfig, NodeAttr, OpenOut, ROOT_NODE, ReadAt,
-    ReadReply, Reply, Session, SessionConfig, StatfsOut, XattrReply, serve,
+    AttrOut, Caller, DirReply, EntryOut, Errno, FileSystem, Mount, MountConfig, NodeAttr, OpenOut, Outcomes, ROOT_NODE,
+    ReadAt, ReadReply, Reply, Session, SessionConfig, StatfsOut, XattrReply, serve,
 };
 use parking_lot::Mutex;
 
@@ -55,6 +55,7 @@ pub(crate) struct MemFs {
     pub(crate) lookups: AtomicU64,
     /// Answers reads instead of the file system.
     pub(crate) on_read: Option<ReadHook>,
+    pub(crate) outcomes: Option<Arc<Outcomes>>,
     no_open: bool,
 }
 
@@ -87,6 +88,7 @@ impl MemFs {
             largest_read: AtomicU64::new(0),
             lookups: AtomicU64::new(0),
             on_read: None,
+            outcomes: None,
             no_open: true,
         }
     }
@@ -158,6 +160,10 @@ impl MemFs {
 }
 
 impl FileSystem for MemFs {
+    fn outcomes(&self) -> Option<Arc<Outcomes>> {
+        self.outcomes.clone()
+    }
+
     fn lookup(&self, _: &Caller, parent: u64, name: &[u8], reply: Reply<EntryOut>) {
         self.bump("lookup");
         let found = match self.nodes.lock().get(&parent) {

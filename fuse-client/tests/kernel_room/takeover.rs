@@ -12,7 +12,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use efc_fuse::kernel::{InitRecord, Mount, Session, SessionConfig, adopt};
+use efc_fuse::kernel::{InitRecord, Mount, Outcomes, Session, SessionConfig, adopt};
 
 use crate::support::*;
 
@@ -257,4 +257,32 @@ fn unanswered_requests_go_to_the_successor_marked() {
     assert_eq!(fs.count("resent read"), 1, "the read came marked as sent again");
     let path = m.path("files/1");
     assert_eq!(m.guarded(move || std::fs::read(path)).expect("reads").len(), 1);
+}
+
+/// As on a kernel before 6.9: nobody hangs, and who was not answered can try again.
+#[test]
+fn what_is_not_sent_again_is_ended_by_the_successor() {
+    let (seen_tx, seen) = mpsc::channel();
+    let seen_tx = parking_lot::Mutex::new(seen_tx);
+    let outcomes = Arc::new(Outcomes::new(None).expect("memory"));
+    let mut fs = MemFs::new();
+    fs.on_read = Some(Box::new(move |_, _, _, reply| seen_tx.lock().send(reply).expect("kept")));
+    fs.outcomes = Some(outcomes.clone());
+    let config = SessionConfig { resend: false, ..SessionConfig::default() };
+    let m = Mounted::with(fs, |_| {}, config.clone());
+    let path = m.path("files/4095");
+    let read = move || File::options().read(true).custom_flags(libc::O_DIRECT).open(&path)?.read_at(&mut [0; 4095], 0);
+    let reader = std::thread::spawn(read.clone());
+    let kept = seen.recv_timeout(LIMIT).expect("the read arrives");
+    assert_eq!(m.session().drain(Duration::from_millis(50)).expect("drains").left, 1);
+    kept.bytes(b"too late");
+    let (record, fd) = (m.session().init_record().clone(), m.session().fd().try_clone_to_owned().expect("fd"));
+    let mut fs = MemFs::new();
+    let left = File::from(outcomes.fd().try_clone_to_owned().expect("fd"));
+    fs.outcomes = Some(Arc::new(Outcomes::new(Some(&left)).expect("memory")));
+    let successor = adopt(Arc::new(fs), fd, &record, &config).expect("adopts");
+    let error = reader.join().expect("joins").expect_err("nobody will answer");
+    assert_eq!(error.raw_os_error(), Some(libc::EINTR));
+    assert_eq!(m.guarded(read).expect("reads"), 4095);
+    drop(successor);
 }
