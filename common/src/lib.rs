@@ -15,6 +15,7 @@ pub mod lock;
 pub mod log;
 pub mod metrics;
 pub mod node;
+pub mod parent;
 pub mod policy;
 pub mod ring;
 pub mod source;

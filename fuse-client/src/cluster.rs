@@ -1,6 +1,7 @@
 //! The mount's link to its cluster: masters, ring, workers, and the session that tells the masters that this mount lives.
 
-use crate::embedded::{Embedded, EmbeddedConfig, default_data_dir};
+use crate::embedded::{Embedded, EmbeddedConfig, Orphaned, default_data_dir};
+use crate::holder::Held;
 use crate::options::MountOptions;
 use efc_client::lease::Who;
 use efc_client::master::MasterClient;
@@ -49,7 +50,7 @@ pub struct Mounted {
 }
 
 impl ClusterLink {
-    /// Reaches the cluster of `options.masters`, or starts an embedded one.
+    /// Reaches the cluster of `options.masters`, or starts an embedded one, which `held` keeps, or goes on with the one that is `left`.
     ///
     /// # Errors
     /// [`Kind::Unavailable`] or [`Kind::Timeout`] naming the masters, or what kept the embedded processes from starting.
@@ -59,6 +60,7 @@ impl ClusterLink {
         mountpoint: &Path,
         log_level: &str,
         tasks: &TaskGroup,
+        (held, left): (Option<Arc<Held>>, Option<Orphaned>),
     ) -> Result<ClusterLink> {
         let (embedded, masters) = if options.masters.is_empty() {
             let config = EmbeddedConfig {
@@ -67,7 +69,7 @@ impl ClusterLink {
                 disk: options.cache_dir.clone().map(|d| (d, options.cache_size_bytes)),
                 log_level: log_level.to_string(),
             };
-            let embedded = Embedded::start(&config).await?;
+            let embedded = Embedded::start(&config, held, left).await?;
             let masters = vec![embedded.master.clone()];
             (Some(embedded), masters)
         } else {

@@ -1,18 +1,28 @@
 //! The embedded cluster: a single master and a single worker as child processes, so that a mount works with no cluster at hand.
 //!
-//! They are the same programs as in a real cluster (found beside this one, or in `PATH`), talk over loopback and a unix socket, keep
-//! their state under the mount's data directory and die with the mount process. A child that exits by itself is started again
-//! with a pause that doubles; reads go to the origin meanwhile.
+//! They are the same programs as in a real cluster (found beside this one, or in `PATH`), talk over loopback and a unix socket, and keep
+//! their state under the mount's data directory. A child that exits by itself is started again with a pause that doubles; reads go to the
+//! origin meanwhile.
+//!
+//! They live as long as the mount: their standard input is a pipe, and its other end is with the mount process and its holder. So one that takes the
+//! mount over finds them serving, with what they have in memory.
 
+use crate::holder::Held;
+use crate::holder::line::Item;
 use efc_common::error::Context as _;
 use efc_common::id::hex;
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
-use serde::Deserialize;
+use parking_lot::Mutex;
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
 use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tracing::{error, info, warn};
@@ -41,7 +51,134 @@ pub struct Embedded {
     pub master: String,
     master_task: TaskGroup,
     worker_task: TaskGroup,
-    _lock: File,
+    kept: Arc<Kept>,
+}
+
+/// An embedded cluster whose mount process is gone.
+#[derive(Debug)]
+pub struct Orphaned {
+    /// The end of the pipe for which it lives.
+    pub lifeline: OwnedFd,
+    /// The locked file of its data directory.
+    pub lock: OwnedFd,
+    /// What runs, as text.
+    pub running: String,
+}
+
+/// What runs.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Running {
+    master: String,
+    master_pid: u32,
+    worker_pid: u32,
+}
+
+/// What a successor of this process needs of the cluster, and who keeps it.
+struct Kept {
+    held: Option<Arc<Held>>,
+    lifeline: OwnedFd,
+    /// Of which the children have the other end as their standard input.
+    input: OwnedFd,
+    /// Locked.
+    lock: OwnedFd,
+    running: Mutex<Running>,
+}
+
+impl Kept {
+    /// Of a new cluster.
+    fn new(held: Option<Arc<Held>>, lock: OwnedFd) -> Result<Kept> {
+        let (input, lifeline) =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(std::io::Error::from)?;
+        Ok(Kept { held, lifeline, input, lock, running: Mutex::default() })
+    }
+
+    /// Of one that is there.
+    fn found(held: Option<Arc<Held>>, left: Orphaned) -> Result<Kept> {
+        let running = serde_json::from_str(&left.running)
+            .map_err(|e| Error::new(Kind::Corrupt, "what is said of the embedded cluster").caused_by(e))?;
+        // The same pipe, by its other end.
+        let place = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&left.lifeline));
+        let input = File::open(place)?.into();
+        let (lifeline, lock) = (left.lifeline, left.lock);
+        Ok(Kept { held, lifeline, input, lock, running: Mutex::new(running) })
+    }
+
+    /// Everything is kept for a successor.
+    fn keep(&self) -> Result<()> {
+        let Some(held) = &self.held else { return Ok(()) };
+        held.keep(Item::Lifeline, "", Some(self.lifeline.as_fd()))?;
+        held.keep(Item::DataDir, "", Some(self.lock.as_fd()))?;
+        self.keep_running()
+    }
+
+    /// Another process runs.
+    fn keep_running(&self) -> Result<()> {
+        let running = self.running.lock();
+        let Some(held) = &self.held else { return Ok(()) };
+        let text = serde_json::to_string(&*running).map_err(|e| Error::new(Kind::Io, "not kept").caused_by(e))?;
+        held.keep(Item::Cluster, &text, None)
+    }
+
+    /// Nothing is left to a successor.
+    fn drop_all(&self) {
+        let Some(held) = &self.held else { return };
+        for item in [Item::Cluster, Item::DataDir, Item::Lifeline] {
+            if let Err(e) = held.drop_item(item) {
+                warn!(error = %e, "the holder was not told that the embedded cluster ends");
+            }
+        }
+    }
+}
+
+/// A process of the cluster.
+enum Process {
+    /// Started by this one.
+    Child(Child),
+    /// By a predecessor.
+    Found(AsyncFd<OwnedFd>),
+}
+
+impl Process {
+    /// The process of that number, if it still is what a predecessor started with this data directory.
+    fn find(name: &str, pid: u32, data_dir: &Path) -> Option<Process> {
+        let fd = pidfd_open(Pid::from_raw(i32::try_from(pid).ok()?)?, PidfdFlags::NONBLOCK).ok()?;
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let line = String::from_utf8_lossy(&line);
+        let is_it = line.split('\0').next()?.ends_with(name) && line.contains(&*data_dir.to_string_lossy());
+        // SAFETY: the OwnedFd is the one descriptor, stays the same and open for as long as the AsyncFd holds it.
+        is_it.then(|| unsafe { AsyncFd::register(fd) }.ok().map(Process::Found))?
+    }
+
+    /// Waits for its end, and says how it was.
+    async fn ended(&mut self) -> String {
+        match self {
+            Process::Child(child) => child.wait().await.map(|s| s.to_string()).unwrap_or_else(|e| e.to_string()),
+            Process::Found(process) => {
+                let ended = process.readable().await.map(|_| "not started by this process".to_string());
+                ended.unwrap_or_else(|e| e.to_string())
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        // It may have ended this moment; then there is nobody to tell.
+        let _ = match self {
+            Process::Child(child) => match child.id().and_then(|p| Pid::from_raw(p as i32)) {
+                Some(pid) => kill_process(pid, signal),
+                None => Ok(()),
+            },
+            Process::Found(process) => pidfd_send_signal(process.get_ref(), signal),
+        };
+    }
+
+    async fn stop(&mut self, name: &str) {
+        self.signal(Signal::TERM);
+        if tokio::time::timeout(STOP_PATIENCE, self.ended()).await.is_err() {
+            warn!(program = name, "embedded process did not stop when told to; killing it");
+            self.signal(Signal::KILL);
+            self.ended().await;
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -58,52 +195,72 @@ pub fn default_data_dir(mountpoint: &Path) -> PathBuf {
 }
 
 impl Embedded {
-    /// Starts master and worker and waits until both serve.
+    /// Starts master and worker and waits until both serve; those of a predecessor are gone on with.
     ///
     /// # Errors
     /// [`Kind::Busy`] when another mount uses the data directory; else what kept a child from starting, with its last words.
-    pub async fn start(config: &EmbeddedConfig) -> Result<Embedded> {
+    pub async fn start(config: &EmbeddedConfig, held: Option<Arc<Held>>, left: Option<Orphaned>) -> Result<Embedded> {
         let dir = &config.data_dir;
         std::fs::create_dir_all(dir).map_err(|e| Error::from(e).with("data_dir", dir.display()))?;
-        let lock = lock(dir)?;
-        let (master_task, worker_task) = (TaskGroup::new(), TaskGroup::new());
+        let kept = Arc::new(match left {
+            Some(left) => Kept::found(held, left)?,
+            None => Kept::new(held, lock(dir)?.into())?,
+        });
+        let before = kept.running.lock().clone();
         let arg = |p: &Path| p.to_string_lossy().into_owned();
         let log = |name: &str| {
             vec!["--log-level".into(), config.log_level.clone(), "--log-file".into(), arg(&dir.join(name))]
         };
-        let mut master_args: Vec<String> =
-            vec!["--node-id".into(), "1".into(), "--listen".into(), "127.0.0.1:0".into()];
-        master_args.extend(["--http".into(), "127.0.0.1:0".into(), "--data-dir".into(), arg(&dir.join("master"))]);
-        master_args.extend(log("master.log"));
-        let (child, ready) = spawn("efc-master", &master_args, &dir.join("master.log")).await?;
-        let ready: MasterReady = serde_json::from_str(&ready)
-            .map_err(|e| Error::new(Kind::Corrupt, format!("efc-master said `{ready}` when ready")).caused_by(e))?;
         // A restart must come back at the address that workers and this process know.
-        master_args[3] = ready.grpc.clone();
-        supervise(&master_task, "efc-master", child, master_args, dir.join("master.log"));
+        let listen = if before.master.is_empty() { "127.0.0.1:0" } else { &before.master };
+        let mut args: Vec<String> = vec!["--node-id".into(), "1".into(), "--listen".into(), listen.into()];
+        args.extend(["--http".into(), "127.0.0.1:0".into(), "--data-dir".into(), arg(&dir.join("master"))]);
+        args.extend(log("master.log"));
+        let mut master = Supervised { name: "efc-master", args, log: dir.join("master.log"), kept: kept.clone() };
+        let process = match Process::find("efc-master", before.master_pid, dir) {
+            Some(found) => found,
+            None => {
+                let (child, ready) = master.spawn().await?;
+                let ready: MasterReady = serde_json::from_str(&ready).map_err(|e| {
+                    Error::new(Kind::Corrupt, format!("efc-master said `{ready}` when ready")).caused_by(e)
+                })?;
+                master.args[3] = ready.grpc.clone();
+                kept.running.lock().master = ready.grpc;
+                child
+            }
+        };
+        let master_task = TaskGroup::new();
+        master.supervise(&master_task, process);
 
-        let mut worker_args: Vec<String> =
-            vec!["--id".into(), "embedded".into(), "--master".into(), ready.grpc.clone()];
-        worker_args.extend(["--listen".into(), "127.0.0.1:0".into(), "--http".into(), "127.0.0.1:0".into()]);
-        worker_args.extend(["--unix".into(), arg(&dir.join("worker.sock"))]);
-        worker_args.extend(["--memory".into(), config.cache_memory_bytes.to_string()]);
+        let address = kept.running.lock().master.clone();
+        let mut args: Vec<String> = vec!["--id".into(), "embedded".into(), "--master".into(), address.clone()];
+        args.extend(["--listen".into(), "127.0.0.1:0".into(), "--http".into(), "127.0.0.1:0".into()]);
+        args.extend(["--unix".into(), arg(&dir.join("worker.sock"))]);
+        args.extend(["--memory".into(), config.cache_memory_bytes.to_string()]);
         if let Some((path, quota)) = &config.disk {
-            worker_args.extend(["--disk".into(), format!("{}:{quota}", path.display())]);
+            args.extend(["--disk".into(), format!("{}:{quota}", path.display())]);
         }
-        worker_args.extend(log("worker.log"));
-        let (child, _) = spawn("efc-worker", &worker_args, &dir.join("worker.log")).await?;
-        supervise(&worker_task, "efc-worker", child, worker_args, dir.join("worker.log"));
-        info!(master = ready.grpc, data_dir = %dir.display(), "embedded cluster is up");
-        Ok(Embedded { master: ready.grpc, master_task, worker_task, _lock: lock })
+        args.extend(log("worker.log"));
+        let worker = Supervised { name: "efc-worker", args, log: dir.join("worker.log"), kept: kept.clone() };
+        let process = match Process::find("efc-worker", before.worker_pid, dir) {
+            Some(found) => found,
+            None => worker.spawn().await?.0,
+        };
+        let worker_task = TaskGroup::new();
+        worker.supervise(&worker_task, process);
+        kept.keep()?;
+        info!(master = address, data_dir = %dir.display(), "embedded cluster is up");
+        Ok(Embedded { master: address, master_task, worker_task, kept })
     }
 
-    /// Stops both children in good order: the worker says goodbye to a master that still listens.
+    /// Stops both children in good order: the worker says goodbye to a master that still listens. A successor begins with others.
     pub async fn stop(self) {
         for task in [self.worker_task, self.master_task] {
             if !task.shutdown(STOP_PATIENCE * 2).await {
                 warn!("embedded cluster did not stop in time; its processes were killed");
             }
         }
+        self.kept.drop_all();
     }
 }
 
@@ -128,34 +285,81 @@ fn program(name: &str) -> PathBuf {
     }
 }
 
-/// Starts a child and waits for the line it writes to stdout when it serves.
-async fn spawn(name: &str, args: &[String], log: &Path) -> Result<(Child, String)> {
-    let path = program(name);
-    let stderr = File::options().create(true).append(true).open(log)?;
-    let mut child = Command::new(&path)
-        .args(args)
-        .arg("--parent-death")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(stderr)
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|e| Error::from(e).with("program", path.display()))
-        .context(format!("{name} could not be started; it must stand beside efc-fuse or in PATH"))?;
-    let stdout = child.stdout.take().ok_or_else(|| Error::new(Kind::Io, "child without stdout"))?;
-    let mut line = String::new();
-    let mut reader = BufReader::new(stdout);
-    let said = tokio::time::timeout(READY_DEADLINE, reader.read_line(&mut line)).await;
-    match said {
-        Ok(Ok(n)) if n > 0 => Ok((child, line.trim().to_string())),
-        Ok(_) => {
-            let status = child.wait().await.map(|s| s.to_string()).unwrap_or_default();
-            Err(Error::new(Kind::Unavailable, format!("{name} ended before it served ({status}): {}", last_words(log))))
+/// A program that is to run as long as the mount.
+struct Supervised {
+    name: &'static str,
+    args: Vec<String>,
+    log: PathBuf,
+    kept: Arc<Kept>,
+}
+
+impl Supervised {
+    /// Starts it and waits for the line it writes to stdout when it serves.
+    async fn spawn(&self) -> Result<(Process, String)> {
+        let (name, path) = (self.name, program(self.name));
+        let stderr = File::options().create(true).append(true).open(&self.log)?;
+        let mut child = Command::new(&path)
+            .args(&self.args)
+            .arg("--lifeline")
+            .stdin(self.kept.input.try_clone()?)
+            .stdout(Stdio::piped())
+            .stderr(stderr)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|e| Error::from(e).with("program", path.display()))
+            .context(format!("{name} could not be started; it must stand beside efc-fuse or in PATH"))?;
+        let stdout = child.stdout.take().ok_or_else(|| Error::new(Kind::Io, "child without stdout"))?;
+        let mut line = String::new();
+        let mut reader = BufReader::new(stdout);
+        let said = tokio::time::timeout(READY_DEADLINE, reader.read_line(&mut line)).await;
+        match said {
+            Ok(Ok(n)) if n > 0 => {
+                let pid = child.id().unwrap_or_default();
+                let mut running = self.kept.running.lock();
+                *(if name == "efc-master" { &mut running.master_pid } else { &mut running.worker_pid }) = pid;
+                Ok((Process::Child(child), line.trim().to_string()))
+            }
+            Ok(_) => {
+                let status = child.wait().await.map(|s| s.to_string()).unwrap_or_default();
+                let text = format!("{name} ended before it served ({status}): {}", last_words(&self.log));
+                Err(Error::new(Kind::Unavailable, text))
+            }
+            Err(_) => Err(Error::new(
+                Kind::Timeout,
+                format!("{name} did not serve within {}s, see {}", READY_DEADLINE.as_secs(), self.log.display()),
+            )),
         }
-        Err(_) => Err(Error::new(
-            Kind::Timeout,
-            format!("{name} did not serve within {}s, see {}", READY_DEADLINE.as_secs(), log.display()),
-        )),
+    }
+
+    /// Starts it again whenever it ends, until the group is stopped.
+    fn supervise(self, tasks: &TaskGroup, mut process: Process) {
+        let group = tasks.clone();
+        let name = self.name;
+        tasks.spawn_graceful(async move {
+            let mut pause = Duration::from_millis(500);
+            loop {
+                tokio::select! {
+                    _ = group.stopped() => return process.stop(name).await,
+                    status = process.ended() => {
+                        error!(program = name, status, "embedded process ended by itself; starting it again");
+                    }
+                }
+                process = loop {
+                    tokio::select! {
+                        _ = group.stopped() => return,
+                        _ = tokio::time::sleep(pause) => {}
+                    }
+                    pause = (pause * 2).min(Duration::from_secs(30));
+                    match self.spawn().await {
+                        Ok((process, _)) => break process,
+                        Err(e) => error!(program = name, error = %e, "embedded process could not be started again"),
+                    }
+                };
+                if let Err(e) = self.kept.keep_running() {
+                    warn!(error = %e, "a successor would start the embedded cluster anew");
+                }
+            }
+        });
     }
 }
 
@@ -164,42 +368,4 @@ fn last_words(log: &Path) -> String {
     let lines = || text.lines().rev().filter(|l| !l.trim().is_empty());
     let said = lines().find(|l| l.to_lowercase().contains("error")).or_else(|| lines().next());
     said.unwrap_or("it said nothing").to_string()
-}
-
-fn supervise(tasks: &TaskGroup, name: &'static str, mut child: Child, args: Vec<String>, log: PathBuf) {
-    let group = tasks.clone();
-    tasks.spawn_graceful(async move {
-        let mut pause = Duration::from_millis(500);
-        loop {
-            tokio::select! {
-                _ = group.stopped() => return stop(name, child).await,
-                status = child.wait() => {
-                    let status = status.map(|s| s.to_string()).unwrap_or_else(|e| e.to_string());
-                    error!(program = name, status, "embedded process ended by itself; starting it again");
-                }
-            }
-            child = loop {
-                tokio::select! {
-                    _ = group.stopped() => return,
-                    _ = tokio::time::sleep(pause) => {}
-                }
-                pause = (pause * 2).min(Duration::from_secs(30));
-                match spawn(name, &args, &log).await {
-                    Ok((child, _)) => break child,
-                    Err(e) => error!(program = name, error = %e, "embedded process could not be started again"),
-                }
-            };
-        }
-    });
-}
-
-async fn stop(name: &str, mut child: Child) {
-    if let Some(pid) = child.id().and_then(|p| rustix::process::Pid::from_raw(p as i32)) {
-        // It may have ended this moment; then there is nobody to tell.
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-    }
-    if tokio::time::timeout(STOP_PATIENCE, child.wait()).await.is_err() {
-        warn!(program = name, "embedded process did not stop when told to; killing it");
-        let _ = child.kill().await;
-    }
 }

@@ -6,23 +6,29 @@
 //!
 //! ```text
 //! file     "EFCN", format u32, frames
-//! frame    length u32, records, !length u32       a frame without its end was being written when the process died: nobody was told of it
-//! record   1, length u32, efc.state.Checkpoint     everything so far
-//!          2, length u32, efc.state.Inode          a new node, looked up once
-//!          3, id u64                               looked up once more
-//!          4, id u64, count u64                    the kernel forgot so many look-ups
-//!          5, id u64                               the origin no longer has this version
-//!          6, length u32, efc.state.Inode          a node is this now; its look-ups stay
-//!          7, length u32, efc.state.Handle         a file was opened
-//!          8, fh u64                               and closed
-//!          9, length u32, efc.state.Parked         an open file is put aside, to be removed when it is closed
-//!         10, id u64                               a node has no open handle any more
-//!         11, length u32, efc.state.Locks          what one owner has locked of one file now
-//!         12, length u32, efc.state.Draft          a file on an object store is this now
-//!         13, number, start, end, secs, nanos u64  these bytes of it were written then
-//!         14, number u64                           it is nothing any more that the store does not have
+//! frame    length u32, records, !length u32   a frame without its end was being written when the process died: nobody was told of it
+//! record   kind u8, length u32, content       a kind of 128 or more that is not known is left out, any other is an error
+//!
+//! kind   1 efc.state.Checkpoint                   everything so far
+//!        2 efc.state.Inode                        a new node, looked up once
+//!        3 id u64                                 looked up once more
+//!        4 id u64, count u64                      the kernel forgot so many look-ups
+//!        5 id u64                                 the origin no longer has this version
+//!        6 efc.state.Inode                        a node is this now; its look-ups stay
+//!        7 efc.state.Handle                       a file was opened
+//!        8 fh u64                                 and closed
+//!        9 efc.state.Parked                       an open file is put aside, to be removed when it is closed
+//!       10 id u64                                 a node has no open handle any more
+//!       11 efc.state.Locks                        what one owner has locked of one file now
+//!       12 efc.state.Draft                        a file on an object store is this now
+//!       13 number, start, end, secs, nanos u64    these bytes of it were written then
+//!       14 number u64                             it is nothing any more that the store does not have
+//!       15                                        what comes after it is in another file, which this one may not be taken for
 //! ```
-//! Integers are little-endian.
+//! Integers are little-endian. Content may be longer than it is known to be: what follows is for later versions. In format 3 records of numbers have no length.
+//!
+//! Programs of neighbouring versions take mounts over from each other: each reads the format of the one before, and one that leaves to a program that does not read its format
+//! makes the journal anew in one that it does ([`Journal::renew_in`], [`crate::upgrade`]).
 
 use efc_common::node::Time;
 use efc_common::{Error, Kind, Result};
@@ -30,13 +36,15 @@ use efc_proto::state;
 use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 
 const MAGIC: &[u8; 4] = b"EFCN";
-/// Format of the journal and of what is in it.
-pub const FORMAT: u32 = 3;
+/// Formats of the journal, and of what is in it, that this program reads and can begin one in: its own, which is the last, and that of the version before.
+pub const FORMATS: RangeInclusive<u32> = 3..=4;
+/// The first in which every record has a length.
+const SIZED: u32 = 4;
 const HEAD_BYTES: u64 = 8;
 const SNAPSHOT: u8 = 1;
 const NODE: u8 = 2;
@@ -52,6 +60,9 @@ const LOCKED: u8 = 11;
 const DRAFT: u8 = 12;
 const WROTE: u8 = 13;
 const SETTLED: u8 = 14;
+const ENDED: u8 = 15;
+/// Kinds from here on may be left out by who does not know them.
+const OPTIONAL: u8 = 128;
 /// A journal is made anew when it is longer than this and three times its snapshot, bytes.
 const LENGTH_MIN: u64 = 4 << 20;
 /// What the kernel forgot is written when so many bytes of it wait: a death loses less.
@@ -76,6 +87,7 @@ impl std::fmt::Debug for Journal {
 
 struct Log {
     file: File,
+    format: u32,
     end: u64,
     /// Length with its snapshot only.
     begun: u64,
@@ -85,13 +97,13 @@ struct Log {
 
 impl Log {
     /// A new file that begins with `snapshot`.
-    fn begin(snapshot: &state::Checkpoint, keep: &Keep) -> Result<Log> {
+    fn begin(format: u32, snapshot: &state::Checkpoint, keep: &Keep) -> Result<Log> {
         use std::os::fd::AsFd;
         let fd =
             rustix::fs::memfd_create("efc-nodes", rustix::fs::MemfdFlags::CLOEXEC).map_err(std::io::Error::from)?;
         let file = File::from(fd);
-        file.write_all_at(&[&MAGIC[..], &FORMAT.to_le_bytes()].concat(), 0)?;
-        let mut log = Log { file, end: HEAD_BYTES, begun: 0, waiting: Vec::new() };
+        file.write_all_at(&[&MAGIC[..], &format.to_le_bytes()].concat(), 0)?;
+        let mut log = Log { file, format, end: HEAD_BYTES, begun: 0, waiting: Vec::new() };
         log.message(SNAPSHOT, snapshot);
         log.write()?;
         log.begun = log.end;
@@ -108,6 +120,9 @@ impl Log {
 
     fn numbers(&mut self, kind: u8, numbers: &[u64]) {
         self.waiting.push(kind);
+        if self.format >= SIZED {
+            self.waiting.extend((size_of_val(numbers) as u32).to_le_bytes());
+        }
         numbers.iter().for_each(|n| self.waiting.extend(n.to_le_bytes()));
     }
 
@@ -132,7 +147,7 @@ impl Journal {
     /// # Errors
     /// When there is no memory for it, or nobody takes it.
     pub fn new(snapshot: &state::Checkpoint, keep: Keep) -> Result<Journal> {
-        let log = Log::begin(snapshot, &keep)?;
+        let log = Log::begin(*FORMATS.end(), snapshot, &keep)?;
         Ok(Journal { keep, log: Mutex::new(log), gate: RwLock::default() })
     }
 
@@ -228,9 +243,23 @@ impl Journal {
     /// # Errors
     /// As for [`Journal::new`]; the old one is used on.
     pub fn renew(&self, snapshot: impl FnOnce() -> state::Checkpoint) -> Result<()> {
+        let format = self.log.lock().format;
+        self.renew_in(format, snapshot)
+    }
+
+    /// As [`Journal::renew`], and from now on in `format`, one of [`FORMATS`], for a program that reads that.
+    ///
+    /// # Errors
+    /// As for [`Journal::new`]; the old one is used on.
+    pub fn renew_in(&self, format: u32, snapshot: impl FnOnce() -> state::Checkpoint) -> Result<()> {
         let _alone = self.gate.write();
         let mut log = self.log.lock();
-        *log = Log::begin(&snapshot(), &self.keep)?;
+        let next = Log::begin(format, &snapshot(), &self.keep)?;
+        let mut before = std::mem::replace(&mut *log, next);
+        if before.format >= SIZED {
+            before.numbers(ENDED, &[]);
+            before.write()?;
+        }
         Ok(())
     }
 }
@@ -262,17 +291,32 @@ pub fn read(file: &File) -> Result<state::Checkpoint> {
 
 fn parse(bytes: &[u8]) -> Result<state::Checkpoint> {
     let mut rest = bytes.strip_prefix(MAGIC).ok_or_else(|| bad("is none"))?;
-    if take_u32(&mut rest)? != FORMAT {
-        return Err(bad("unknown format"));
+    let format = take_u32(&mut rest)?;
+    if !FORMATS.contains(&format) {
+        return Err(bad("unknown format").with("format", format));
     }
     let mut said = Said::default();
     while let Some(mut records) = take_frame(&mut rest)? {
         while let Some((kind, after)) = records.split_first() {
             records = after;
-            said.take(*kind, &mut records)?;
+            let unsized_length = if format < SIZED { length_of_numbers(*kind) } else { None };
+            let length = unsized_length.map_or_else(|| take_u32(&mut records), Ok)? as usize;
+            let (content, after) = records.split_at_checked(length).ok_or_else(|| bad("record is cut off"))?;
+            records = after;
+            said.take(*kind, content)?;
         }
     }
     said.checkpoint()
+}
+
+/// Length of a record of numbers, which it does not say itself before format 4.
+fn length_of_numbers(kind: u8) -> Option<u32> {
+    match kind {
+        SEEN | STALE | CLOSED | UNUSED | SETTLED => Some(8),
+        FORGOTTEN => Some(16),
+        WROTE => Some(40),
+        _ => None,
+    }
 }
 
 /// What the records said so far.
@@ -290,10 +334,10 @@ struct Said {
 }
 
 impl Said {
-    fn take(&mut self, kind: u8, records: &mut &[u8]) -> Result<()> {
+    fn take(&mut self, kind: u8, mut content: &[u8]) -> Result<()> {
         match kind {
             SNAPSHOT if self.format.is_none() => {
-                let c: state::Checkpoint = take_message(records)?;
+                let c: state::Checkpoint = decode(content)?;
                 (self.next_id, self.format) = (c.next_id, Some(c.format));
                 self.nodes.extend(c.inodes.into_iter().map(|i| (i.id, (i.clone(), i.lookups.into()))));
                 self.handles.extend(c.handles.into_iter().map(|h| (h.fh, h)));
@@ -303,48 +347,50 @@ impl Said {
                 self.owner = c.owner;
             }
             NODE => {
-                let node: state::Inode = take_message(records)?;
+                let node: state::Inode = decode(content)?;
                 self.next_id = self.next_id.max(node.id.checked_add(1).ok_or_else(|| bad("impossible node"))?);
                 self.nodes.insert(node.id, (node, 1));
             }
-            SEEN => self.known(take_u64(records)?)?.1 += 1,
+            SEEN => self.known(take_u64(&mut content)?)?.1 += 1,
             FORGOTTEN => {
-                let (id, count) = (take_u64(records)?, take_u64(records)?);
+                let (id, count) = (take_u64(&mut content)?, take_u64(&mut content)?);
                 self.known(id)?.1 -= i128::from(count);
             }
-            STALE => self.known(take_u64(records)?)?.0.stale = true,
+            STALE => self.known(take_u64(&mut content)?)?.0.stale = true,
             MOVED => {
-                let node: state::Inode = take_message(records)?;
+                let node: state::Inode = decode(content)?;
                 // One that the kernel has forgotten since may still be in somebody's hands.
                 if let Some((known, _)) = self.nodes.get_mut(&node.id) {
                     *known = node;
                 }
             }
             OPENED => {
-                let handle: state::Handle = take_message(records)?;
+                let handle: state::Handle = decode(content)?;
                 self.handles.insert(handle.fh, handle);
             }
-            CLOSED => drop(self.handles.remove(&take_u64(records)?)),
+            CLOSED => drop(self.handles.remove(&take_u64(&mut content)?)),
             PARKED => {
-                let parked: state::Parked = take_message(records)?;
+                let parked: state::Parked = decode(content)?;
                 self.parked.entry(parked.node).or_default().push(parked);
             }
-            UNUSED => drop(self.parked.remove(&take_u64(records)?)),
+            UNUSED => drop(self.parked.remove(&take_u64(&mut content)?)),
             LOCKED => {
-                let locks = take_message(records)?;
+                let locks = decode(content)?;
                 self.lock(locks);
             }
             DRAFT => {
-                let draft: state::Draft = take_message(records)?;
+                let draft: state::Draft = decode(content)?;
                 self.drafts.insert(draft.number, draft);
             }
             WROTE => {
-                let draft = self.drafts.get_mut(&take_u64(records)?).ok_or_else(|| bad("unknown draft"))?;
-                let (start, end) = (take_u64(records)?, take_u64(records)?);
-                let (secs, nanos) = (take_u64(records)?.cast_signed(), take_u64(records)? as u32);
+                let draft = self.drafts.get_mut(&take_u64(&mut content)?).ok_or_else(|| bad("unknown draft"))?;
+                let (start, end) = (take_u64(&mut content)?, take_u64(&mut content)?);
+                let (secs, nanos) = (take_u64(&mut content)?.cast_signed(), take_u64(&mut content)? as u32);
                 written(draft, &(start..end), Time { secs, nanos });
             }
-            SETTLED => drop(self.drafts.remove(&take_u64(records)?)),
+            SETTLED => drop(self.drafts.remove(&take_u64(&mut content)?)),
+            ENDED => return Err(bad("goes on in another file, which is lost")),
+            OPTIONAL.. => {}
             _ => return Err(bad("unknown record")),
         }
         Ok(())
@@ -394,11 +440,8 @@ fn take_frame<'a>(rest: &mut &'a [u8]) -> Result<Option<&'a [u8]>> {
     Ok(Some(records))
 }
 
-fn take_message<T: prost::Message + Default>(rest: &mut &[u8]) -> Result<T> {
-    let length = take_u32(rest)? as usize;
-    let (message, after) = rest.split_at_checked(length).ok_or_else(|| bad("record is cut off"))?;
-    *rest = after;
-    T::decode(message).map_err(|e| bad("record does not decode").caused_by(e))
+fn decode<T: prost::Message + Default>(content: &[u8]) -> Result<T> {
+    T::decode(content).map_err(|e| bad("record does not decode").caused_by(e))
 }
 
 fn take_u32(rest: &mut &[u8]) -> Result<u32> {
@@ -506,8 +549,65 @@ mod tests {
         #[test]
         fn garbage_is_refused_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let _ = parse(&bytes);
-            let _ = parse(&[&MAGIC[..], &FORMAT.to_le_bytes(), &bytes].concat());
+            for format in FORMATS {
+                let frame = [&(bytes.len() as u32).to_le_bytes(), &bytes[..], &(!(bytes.len() as u32)).to_le_bytes()].concat();
+                let _ = parse(&[&MAGIC[..], &format.to_le_bytes(), &bytes].concat());
+                let _ = parse(&[&MAGIC[..], &format.to_le_bytes(), &frame].concat());
+            }
         }
+    }
+
+    /// A journal with these records after a snapshot.
+    fn with_records(format: u32, records: &[u8]) -> Result<state::Checkpoint> {
+        let (ns, journal, kept) = written_down(Nodes::Versions);
+        journal.renew_in(format, || ns.checkpoint()).expect("renew");
+        let length = records.len() as u32;
+        parse(&[&of(&kept), &length.to_le_bytes()[..], records, &(!length).to_le_bytes()].concat())
+    }
+
+    #[test]
+    fn what_later_versions_add_is_left_out_if_it_may_be() {
+        let record = |kind: u8, content: &[u8]| [&[kind][..], &(content.len() as u32).to_le_bytes(), content].concat();
+        let plain = with_records(4, &[]).expect("parse");
+        assert_eq!(with_records(4, &record(200, b"what is this")).expect("left out"), plain);
+        assert_eq!(with_records(4, &record(SETTLED, &[7; 24])).expect("longer"), plain);
+        assert!(with_records(4, &record(50, b"what is this")).is_err_and(|e| e.is(Kind::Corrupt)));
+        assert!(with_records(4, &record(SETTLED, &[7; 4])).is_err_and(|e| e.is(Kind::Corrupt)));
+        assert!(with_records(4, &record(200, b"what is this")[..9]).is_err_and(|e| e.is(Kind::Corrupt)));
+    }
+
+    #[test]
+    fn a_journal_in_the_format_of_before_says_the_same() {
+        let (ns, journal, kept) = written_down(Nodes::Versions);
+        let d = ns.intern(&ns.root(), &Bytes::from_static(b"d"), &dir("d/"), seen()).0;
+        let now = || parse(&of(&kept)).expect("parse");
+        journal.commit().expect("commit");
+        let before = now();
+        let old = kept.lock().take();
+        journal.renew_in(3, || ns.checkpoint()).expect("renew");
+        assert!(read(&old.expect("kept")).is_err_and(|e| e.to_string().contains("another file")));
+        assert_eq!((now(), of(&kept)[4]), (before, 3));
+        // What comes after it is in that format too.
+        let f = ns.intern(&d, &Bytes::from_static(b"f"), &file("d/f", "1"), seen()).0;
+        ns.intern(&d, &Bytes::from_static(b"f"), &file("d/f", "1"), seen());
+        ns.forget(f.id, 1);
+        ns.mark_stale(&d);
+        journal.commit().expect("commit");
+        assert_eq!(now().inodes, ns.checkpoint().inodes);
+        journal.renew(|| ns.checkpoint()).expect("renew");
+        assert_eq!((now().inodes, of(&kept)[4]), (ns.checkpoint().inodes, 3));
+    }
+
+    /// Written by a mount process that knew format 3 only, over a bucket, while files were open, locked, removed, renamed and written.
+    #[test]
+    fn a_journal_of_the_version_before_is_read() {
+        let c = parse(include_bytes!("testdata/journal-3.bin")).expect("parse");
+        let ns = Namespace::restore(&c, Nodes::Follow { paths: true }).expect("restore");
+        let path = |name: &[u8]| c.inodes.iter().find(|i| i.name == name).and_then(|i| ns.get(i.id)).map(|i| i.path());
+        assert_eq!((path(b"after"), path(b"gone")), (Some("/dir/after".into()), None));
+        assert_eq!((c.handles.len(), c.locks.len(), c.inodes.len()), (3, 2, 6));
+        let drafts: Vec<_> = c.drafts.iter().map(|d| (d.removed, d.size, d.extents.clone(), d.slot)).collect();
+        assert_eq!(drafts, [(true, 4, vec![0, 4], Some(1)), (false, 100_000, vec![0, 100_000, 50, 60], Some(0))]);
     }
 
     #[test]

@@ -24,3 +24,6 @@ pub mod tell;
 pub mod upgrade;
 pub mod warm;
 pub mod write;
+
+#[global_allocator]
+static ALLOCATOR: kernel::buffers::Buffers = kernel::buffers::Buffers;

@@ -36,6 +36,7 @@ use efc_proto::state::Checkpoint;
 use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
@@ -219,7 +220,9 @@ impl Process {
         let strict = source.consistency.is_strict();
         let paths = backend.capabilities().path_locators;
         let nodes = if options.read_write || strict { Nodes::Follow { paths } } else { Nodes::Versions };
-        let cluster = ClusterLink::start(&options, &source.mounted, &args.mountpoint, &args.log_level, &tasks).await?;
+        let orphaned = (held.clone(), left.as_mut().and_then(|l| l.cluster.take()));
+        let cluster =
+            ClusterLink::start(&options, &source.mounted, &args.mountpoint, &args.log_level, &tasks, orphaned).await?;
         if !strict {
             cluster.keep_session(&tasks);
         }
@@ -314,6 +317,7 @@ impl Process {
             ring: cluster.ring.clone(),
             held: held.clone(),
             agreed: Agreed::new(options.read_write, strict),
+            successor_reads: AtomicU32::new(*journal::FORMATS.end()),
         });
         let process = Process {
             control: control::listen(&args.mountpoint, teller.clone(), &tasks)?,
@@ -374,7 +378,12 @@ impl Process {
     async fn leave_to_another(self) -> Result<()> {
         let session = self.session.clone();
         let drained = tokio::task::spawn_blocking(move || session.drain(DRAIN_PATIENCE)).await;
-        self.fs.write_down();
+        let format = self.teller.successor_reads.load(Relaxed);
+        self.fs.write_down_for(format);
+        if format < *journal::FORMATS.end() {
+            // The version before knows nothing of a cluster that is there already.
+            self.cluster.stop().await;
+        }
         info!(?drained, "leaves the mount to another program");
         if let Some(held) = &self.held {
             held.left()?;

@@ -22,6 +22,7 @@ use futures::future::BoxFuture;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -55,6 +56,8 @@ pub struct Teller {
     pub held: Option<Arc<Held>>,
     /// What a program has to agree with that is to replace it.
     pub agreed: Agreed,
+    /// The format of the journal that this program reads, of what is asked for last.
+    pub successor_reads: AtomicU32,
 }
 
 impl Teller {
@@ -129,7 +132,8 @@ impl Teller {
             return Err(Error::new(Kind::Unsupported, text));
         };
         let program = program.map_or_else(std::env::current_exe, Ok)?;
-        upgrade::preflight(&program, &options, &self.agreed).await?;
+        let format = upgrade::preflight(&program, &options, &self.agreed).await?;
+        self.successor_reads.store(format, Relaxed);
         let program = program.display().to_string();
         held.upgrade(Upgrade { id, program, options })
     }

@@ -1,5 +1,7 @@
 //! Another program in the place of a mount process (hot upgrade, decision 0011): what is looked at before the old one leaves.
 //!
+//! Neighbouring versions go back and forth: where a new one writes its journal in another format than the old one reads, it writes it for the old one once more before it leaves.
+//!
 //! The new program is run with the arguments of the mount and [`PREFLIGHT`] set. Then it mounts nothing: it reads its options, reaches origin and masters, says in one line what it would agree on, and ends. What it cannot
 //! do, or would do otherwise than the kernel was told, is refused while the old process serves on.
 
@@ -19,8 +21,11 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// What a mount's processes have to agree on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Agreed {
-    /// Format of the journal.
+    /// Oldest format of the journal that it reads: the one of the version before, which knows no other and compares just this.
     pub journal: u32,
+    /// Newest one; 0: as the oldest.
+    #[serde(default)]
+    pub journal_newest: u32,
     /// Format of the INIT record.
     pub init: u32,
     /// Can it be written to?
@@ -32,7 +37,16 @@ pub struct Agreed {
 impl Agreed {
     /// As this program does it.
     pub fn new(read_write: bool, strict: bool) -> Agreed {
-        Agreed { journal: journal::FORMAT, init: INIT_RECORD_FORMAT, read_write, strict }
+        let (journal, journal_newest) = journal::FORMATS.into_inner();
+        Agreed { journal, journal_newest, init: INIT_RECORD_FORMAT, read_write, strict }
+    }
+
+    /// In which format a journal is to be left for `next`, if it can go on at all.
+    fn journal_for(&self, next: &Agreed) -> Option<u32> {
+        let newest = |a: &Agreed| a.journal_newest.max(a.journal);
+        let format = newest(self).min(newest(next));
+        let same = (self.init, self.read_write, self.strict) == (next.init, next.read_write, next.strict);
+        (same && format >= self.journal.max(next.journal)).then_some(format)
     }
 }
 
@@ -45,11 +59,12 @@ pub struct Preflight {
     pub agreed: Agreed,
 }
 
-/// Runs `program` as it would run for this mount, with further `options`, and looks whether it agrees with `ours`.
+/// Runs `program` as it would run for this mount, with further `options`, and looks whether it agrees with `ours`: the format in which
+/// the journal is to be left for it.
 ///
 /// # Errors
 /// [`Kind::Unsupported`] when it does not, [`Kind::Timeout`] when it does not say; what it said when it cannot run.
-pub async fn preflight(program: &Path, options: &[String], ours: &Agreed) -> Result<()> {
+pub async fn preflight(program: &Path, options: &[String], ours: &Agreed) -> Result<u32> {
     let name = program.display();
     let mut command = tokio::process::Command::new(program);
     command.args(std::env::args_os().skip(1)).env(PREFLIGHT, "1").stdin(Stdio::null());
@@ -71,12 +86,33 @@ pub async fn preflight(program: &Path, options: &[String], ours: &Agreed) -> Res
         );
         return Err(Error::new(Kind::Unsupported, text));
     };
-    if said.agreed != *ours {
+    ours.journal_for(&said.agreed).ok_or_else(|| {
         let text = format!(
             "{name} (version {}) cannot go on with this mount: it would agree on {:?}, the kernel was told {ours:?}; unmount and mount instead",
             said.version, said.agreed
         );
-        return Err(Error::new(Kind::Unsupported, text));
+        Error::new(Kind::Unsupported, text)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_agree_on_the_newest_format_of_both() {
+        let ours = Agreed { journal: 3, journal_newest: 4, init: 1, read_write: true, strict: true };
+        let other = |journal, journal_newest| Agreed { journal, journal_newest, ..ours.clone() };
+        assert_eq!(ours.journal_for(&ours), Some(4));
+        for (journal, newest, format) in [(3, 0, Some(3)), (4, 5, Some(4)), (2, 3, Some(3)), (5, 6, None), (2, 0, None)]
+        {
+            assert_eq!(ours.journal_for(&other(journal, newest)), format, "{journal}..{newest}");
+        }
+        assert_eq!(ours.journal_for(&Agreed { strict: false, ..ours.clone() }), None);
+        // What the version before says of itself, and what it needs to hear of this one.
+        let before: Agreed =
+            serde_json::from_str(r#"{"journal":3,"init":1,"read_write":true,"strict":true}"#).expect("json");
+        assert_eq!(Agreed::new(true, true).journal_for(&before), Some(3));
+        assert_eq!(Agreed::new(true, true).journal, before.journal);
     }
-    Ok(())
 }

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use efc_client::peers::host_name;
+use efc_common::parent::Parent;
 use efc_common::units::{parse_bytes, parse_duration, show_bytes};
 use efc_worker::store::{DiskTier, MemoryTier, Policy, StoreConfig};
 use efc_worker::{Connector, Worker, WorkerConfig};
@@ -12,7 +13,6 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// What the process needs beside its budgets: code, stacks, connections, tables.
@@ -103,6 +103,9 @@ struct Args {
     /// Stops when the process that started it ends
     #[arg(long)]
     parent_death: bool,
+    /// Stops when its standard input ends: a pipe whose other end is with whoever needs it
+    #[arg(long)]
+    lifeline: bool,
 }
 
 fn main() -> std::process::ExitCode {
@@ -130,14 +133,8 @@ fn run(args: Args) -> Result<()> {
         .build()
         .context("start the runtime")?;
     runtime.block_on(async {
-        let parent = if args.parent_death { Some(parent_watch()?) } else { None };
-        let parent_gone = async {
-            match &parent {
-                Some(fd) => drop(fd.readable().await),
-                None => std::future::pending().await,
-            }
-        };
-        serve(config, drain, ready, Arc::new(move || metrics.render()), parent_gone).await
+        let parent = Parent::watch(args.parent_death, args.lifeline)?;
+        serve(config, drain, ready, Arc::new(move || metrics.render()), parent).await
     })
 }
 
@@ -146,12 +143,11 @@ async fn serve(
     drain: Duration,
     ready: Option<File>,
     metrics: Arc<dyn Fn() -> String + Send + Sync>,
-    parent_gone: impl Future<Output = ()>,
+    mut parent: Parent,
 ) -> Result<()> {
     let mut term = signal(SignalKind::terminate()).context("listen to SIGTERM")?;
     let mut int = signal(SignalKind::interrupt()).context("listen to SIGINT")?;
     let mut usr2 = signal(SignalKind::user_defined2()).context("listen to SIGUSR2")?;
-    let mut parent_gone = std::pin::pin!(parent_gone);
     let id = config.id.clone();
     let connect: Connector =
         Arc::new(|spec, keys| Box::pin(async move { efc_backend::connect(&spec, keys.as_ref()).await }));
@@ -160,14 +156,14 @@ async fn serve(
         w = starting => w?,
         _ = term.recv() => return Ok(()),
         _ = int.recv() => return Ok(()),
-        () = &mut parent_gone => return Ok(()),
+        () = parent.ended() => return Ok(()),
     };
     tracing::info!(id, addr = worker.addr(), "serving");
     say_ready(ready, &id, &worker)?;
     let why = tokio::select! {
         _ = term.recv() => "SIGTERM",
         _ = int.recv() => "SIGINT",
-        () = &mut parent_gone => "the parent process ended",
+        () = parent.ended() => "who started it has ended",
         _ = usr2.recv() => {
             tracing::info!("makes way for another process of this name");
             worker.make_way(WAY_PATIENCE).await;
@@ -267,13 +263,4 @@ fn say_ready(out: Option<File>, id: &str, worker: &Worker) -> Result<()> {
             Ok(())
         }
     }
-}
-
-/// A descriptor that becomes readable when the parent process (not only the thread that spawned us) has ended.
-fn parent_watch() -> Result<AsyncFd<OwnedFd>> {
-    let parent = rustix::process::getppid().context("--parent-death: the parent is not visible from here")?;
-    let fd = rustix::process::pidfd_open(parent, rustix::process::PidfdFlags::empty()).context("--parent-death")?;
-    ensure!(rustix::process::getppid() == Some(parent), "--parent-death: the parent has ended");
-    // SAFETY: the OwnedFd is the one descriptor, stays the same and open for as long as the AsyncFd holds it.
-    unsafe { AsyncFd::register(fd) }.map_err(|e| anyhow::anyhow!("--parent-death: {e}"))
 }

@@ -1,8 +1,9 @@
 //! Real programs go on while the processes of their mount are killed, the holder too, and replaced by upgrades: none of them sees an error, and no byte is wrong. A prober tells how
-//! long the mount stood still each time. `EFC_E2E_LONG=1`: 200 kills and 50 upgrades for each origin; `EFC_SEED=N`: when.
+//! long the mount stood still each time. `EFC_E2E_LONG=1`: 200 kills and 50 upgrades for each origin; `EFC_E2E_PREVIOUS=PROGRAM`: with which version in turn (`./run previous`); `EFC_SEED=N`:
+//! when.
 
 use crate::load::{Load, Step};
-use crate::upgrade::upgrade;
+use crate::upgrade::{upgrade, versions};
 use crate::write::{Rig, locked, rig};
 use efc_e2e::{tool, wait_for};
 use rand::rngs::StdRng;
@@ -22,7 +23,9 @@ const REPLACED: Duration = Duration::from_secs(30);
 const HELD_UP: Duration = Duration::from_millis(3);
 
 fn run(dir: &Path, program: &Path, args: &[&str]) {
-    let out = Command::new(program).args(args).current_dir(dir).env("HOME", dir).output().expect("start");
+    let out = Command::new(program).args(args).current_dir(dir).env("HOME", dir).output();
+    // A directory that is not found is said so here, too.
+    let out = out.unwrap_or_else(|e| panic!("{} {args:?} in {}: {e}", program.display(), dir.display()));
     let text = [out.stdout, out.stderr].concat();
     assert!(out.status.success(), "{} {args:?}: {}", program.display(), String::from_utf8_lossy(&text));
 }
@@ -129,7 +132,13 @@ fn chaos(origin: &str) {
     let load = programs(&r, beside.path(), &held_up);
     load.more(100);
     let mut at = Vec::new();
+    let versions = versions();
     for n in 0..kills {
+        let every = kills / upgrades;
+        if n % every == every - 1 {
+            upgrade(&r.mount, &versions[n / every % 2]);
+            load.more(20);
+        }
         std::thread::sleep(Duration::from_millis(rng.random_range(200..2500)));
         load.more(5);
         let pid = r.mount.pid();
@@ -145,10 +154,6 @@ fn chaos(origin: &str) {
         at.push(Instant::now());
         r.mount.kill_server();
         wait_for("another mount process", REPLACED, || Ok(r.mount.pid() != pid)).expect("replaced");
-        load.more(20);
-    }
-    for _ in 0..upgrades {
-        upgrade(&r.mount);
         load.more(20);
     }
     load.finish_within(PATIENCE);

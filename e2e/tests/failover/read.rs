@@ -134,3 +134,51 @@ fn a_signal_to_either_process_unmounts() {
         r.mount.ended().expect("a good end");
     }
 }
+
+/// Processes of the cluster that a mount has to itself, in order.
+fn embedded(mount: &Mount) -> [Option<u32>; 2] {
+    let dir = mount.path.parent().expect("parent").display().to_string();
+    let all = fs::read_dir("/proc").expect("proc").filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    let lines = all.map(|pid| (pid, fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()));
+    let lines: Vec<_> = lines.map(|(pid, l)| (pid, String::from_utf8_lossy(&l).into_owned())).collect();
+    ["efc-master", "efc-worker"].map(|name| {
+        let is_it = |l: &str| l.split('\0').next().is_some_and(|p| p.ends_with(name)) && l.contains(&dir);
+        lines.iter().find(|(_, l)| is_it(l)).map(|(pid, _)| *pid)
+    })
+}
+
+/// The cluster of a mount that joins none serves on, with what it has in memory, whatever happens to the mount process.
+#[test]
+fn an_embedded_cluster_outlives_the_mount_process() {
+    let s = OssServer::start_with(OssOptions::s3()).expect("server");
+    s.create_bucket("b");
+    (0..FILES).for_each(|i| s.put("b", format!("d/f{i:03}"), content(i)));
+    let options = [&format!("endpoint={}", s.endpoint())[..], "region=us-east-1", "cache_memory=128MiB"];
+    let mut mount = Mount::start("s3://b", &options, &s.target().env()).expect("mount");
+    let path = mount.path.clone();
+    within(PATIENCE, move || (0..FILES).for_each(|i| step(0, i, &path)));
+    let fetched = |mount: &Mount| mount.stats().expect("stats")["workers"][0]["origin_bytes"].as_u64().expect("bytes");
+    let (cluster, bytes) = (embedded(&mount), fetched(&mount));
+    assert!(cluster.iter().all(Option::is_some) && bytes >= (FILES * LEN) as u64, "{cluster:?} {bytes}");
+    let load = load(&mount.path);
+    for _ in 0..4 {
+        load.more(20);
+        load.kill(&mount);
+        assert_eq!(embedded(&mount), cluster);
+    }
+    crate::upgrade::upgrade(&mount, &efc_e2e::program("efc-fuse").expect("program"));
+    load.more(20);
+    println!("longest step {:?}", load.finish());
+    assert_eq!((embedded(&mount), fetched(&mount)), (cluster, bytes), "nothing is fetched again");
+    // Who did not start them looks after them all the same.
+    for (n, pid) in cluster.into_iter().enumerate() {
+        kill(Pid::from_raw(pid.expect("pid") as i32), Signal::SIGKILL).expect("kill");
+        wait_for("another one", PATIENCE, || Ok(embedded(&mount)[n].is_some_and(|p| Some(p) != pid))).expect("again");
+    }
+    let path = mount.path.clone();
+    wait_for("the worker", PATIENCE, || Ok(mount.stats()?["workers"][0]["error"].is_null())).expect("serves");
+    within(PATIENCE, move || (0..FILES).for_each(|i| step(0, i, &path)));
+    // They do not outlive holder and mount process.
+    mount.kill();
+    wait_for("their end", PATIENCE, || Ok(embedded(&mount) == [None, None])).expect("ended");
+}

@@ -9,7 +9,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
@@ -20,9 +20,17 @@ fn efc_fuse(mount: &Mount, command: &str, args: &[&str]) -> Output {
     run.output().expect("run")
 }
 
-/// Has the same program take the place of the mount process.
-pub(super) fn upgrade(mount: &Mount) {
-    let out = efc_fuse(mount, "upgrade", &[]);
+/// Programs that take turns: the version before, if one was built (`./run previous` says how), and this one.
+pub(super) fn versions() -> [PathBuf; 2] {
+    let ours = program("efc-fuse").expect("program");
+    let before = std::env::var_os("EFC_E2E_PREVIOUS").map_or_else(|| ours.clone(), PathBuf::from);
+    println!("upgrades between {} and {}", before.display(), ours.display());
+    [before, ours]
+}
+
+/// Has `program` take the place of the mount process.
+pub(super) fn upgrade(mount: &Mount, program: &Path) {
+    let out = efc_fuse(mount, "upgrade", &["--binary", program.to_str().expect("utf8")]);
     assert!(out.status.success(), "{out:?}");
 }
 
@@ -49,16 +57,16 @@ fn script(dir: &Path, name: &str, text: &str) -> String {
     path.display().to_string()
 }
 
-/// Upgrades back and forth between two copies of the program under writers.
+/// Upgrades back and forth between two programs under writers.
 #[test]
 fn upgrades_are_a_pause_for_writers() {
     let r = rig("file", &[]);
     let dir = tempfile::tempdir().expect("dir");
-    let ours = program("efc-fuse").expect("program");
-    let copies = ["one", "two"].map(|name| {
+    let [before, ours] = versions();
+    let copies = [("one", before), ("two", ours)].map(|(name, program)| {
         let path = dir.path().join(name).join("efc-fuse");
         std::fs::create_dir(dir.path().join(name)).expect("mkdir");
-        std::fs::copy(&ours, &path).expect("copy");
+        std::fs::copy(program, &path).expect("copy");
         path.display().to_string()
     });
     let load = writers(&r);
@@ -117,7 +125,8 @@ fn an_upgrade_to_a_broken_program_leaves_the_old_one_serving() {
         let agreed = serde_json::json!({"journal": journal, "init": init, "read_write": true, "strict": true});
         serde_json::json!({"version": "9", "agreed": agreed}).to_string()
     };
-    let (ours, other) = (says(efc_fuse::journal::FORMAT), says(efc_fuse::journal::FORMAT + 1));
+    let newest = *efc_fuse::journal::FORMATS.end();
+    let (ours, other) = (says(newest), says(newest + 1));
     // Refused before the old process has done anything: it ends at once, hangs, is of another format, is none.
     for (name, text, why) in [
         ("ends", "echo no such thing >&2; exit 3", "no such thing"),
@@ -197,7 +206,8 @@ fn options_are_set_while_the_mount_serves() {
     assert_eq!(m.pid(), pid);
     let replaced = |pid: u32| {
         m.kill_server();
-        wait_for("another process", PATIENCE, || Ok(m.pid() != pid)).expect("replaced");
+        // It is there before it answers questions.
+        wait_for("another process", PATIENCE, || Ok(m.pid() != pid && m.stats().is_ok())).expect("replaced");
     };
     replaced(pid);
     let before = traced();

@@ -8,6 +8,7 @@ pub mod set;
 pub mod stats;
 pub mod upgrade;
 
+use crate::holder::node;
 use crate::options;
 use clap::{Args, Parser, Subcommand};
 use efc_common::source;
@@ -32,6 +33,12 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 failure, 2 wrong option or argum
 enum Command {
     /// Mount a source; returns when the mount answers.
     Mount(MountArgs),
+    /// Hold the mounts of a node in one service, for `efc-fuse mount --holder`: they do not end with who mounts them.
+    #[command(
+        after_help = "The service starts a holder for each mount, and starts it again when it was killed together with its mount process: applications see a pause. Mounts outlive the service where nothing ends their processes with it \
+(a container does).\n\nExamples:\n  efc-fuse holder --listen /run/efc/holder.sock\n  efc-fuse mount s3://bucket /mnt --holder /run/efc/holder.sock"
+    )]
+    Holder(HolderArgs),
     /// Unmount and stop the process behind a mountpoint.
     Umount(UmountArgs),
     /// Show what a mount does: requests, hits by tier, origin requests.
@@ -78,7 +85,10 @@ pub struct MountArgs {
     /// Stay in the foreground; ends at SIGTERM or SIGINT after unmounting.
     #[arg(short, long)]
     pub foreground: bool,
-    /// Log file of the daemon (default: efc-fuse.log in the data directory).
+    /// Have the service that listens there hold the mount (`efc-fuse holder`), instead of a daemon of this command.
+    #[arg(long, value_name = "SOCKET", conflicts_with = "foreground")]
+    pub holder: Option<PathBuf>,
+    /// Log file of the daemon (default: efc-fuse.log in the data directory; the service's stderr with --holder).
     #[arg(long, value_name = "FILE")]
     pub log_file: Option<PathBuf>,
     /// Log filter, for example info or info,efc_fuse=debug.
@@ -115,6 +125,24 @@ impl MountArgs {
     pub fn begin_log(&self) -> Result<()> {
         log::install(&self.log_level, self.log_format.parse()?, self.log_file.as_deref())
     }
+}
+
+#[derive(Debug, Args)]
+struct HolderArgs {
+    /// Where to listen: a unix socket, for root and the user of the service.
+    #[arg(long, value_name = "SOCKET")]
+    listen: PathBuf,
+    /// Log filter, for example info or info,efc_fuse=debug.
+    #[arg(long, default_value = "info", env = "EFC_LOG")]
+    log_level: String,
+    /// Log lines as text or json.
+    #[arg(long, default_value = "text")]
+    log_format: String,
+}
+
+fn hold_node(args: &HolderArgs) -> Result<()> {
+    log::install(&args.log_level, args.log_format.parse()?, None)?;
+    node::listen(&args.listen)
 }
 
 #[derive(Debug, Args)]
@@ -255,6 +283,7 @@ pub fn main(args: impl Iterator<Item = OsString>) -> ExitCode {
     };
     let done = match cli.command {
         Command::Mount(a) => mount::mount(a),
+        Command::Holder(a) => hold_node(&a),
         Command::Umount(a) => mount::umount(&a.mountpoint, a.lazy, a.force),
         Command::Stats(a) => stats::stats(&a),
         Command::Upgrade(a) => upgrade::upgrade(&a),

@@ -6,7 +6,7 @@
 use super::MountArgs;
 use crate::control::{self, Request};
 use crate::embedded::default_data_dir;
-use crate::holder::{self, Held};
+use crate::holder::{self, Held, node};
 use crate::kernel::{self, Mount};
 use crate::options::{MountOptions, all_but};
 use crate::process;
@@ -15,6 +15,7 @@ use crate::upgrade;
 use efc_common::error::Context as _;
 use efc_common::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -25,9 +26,26 @@ use std::time::{Duration, Instant};
 /// What a daemon says to the command that started it.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Report {
-    Ready { pid: u32 },
-    Failed { code: u8, message: String },
+pub enum Report {
+    /// The mount answers.
+    Ready {
+        /// Its holder.
+        pid: u32,
+    },
+    /// It does not, and is not there.
+    Failed {
+        /// As of [`super::exit_code`].
+        code: u8,
+        /// Why.
+        message: String,
+    },
+}
+
+impl Report {
+    /// Of an error.
+    pub fn failed(e: &Error) -> Report {
+        Report::Failed { code: super::exit_code(e), message: e.to_string() }
+    }
 }
 
 /// The absolute path of a directory, symbolic links resolved in its parent only: a dead mount itself is never touched.
@@ -59,7 +77,7 @@ pub fn mount(mut args: MountArgs) -> Result<()> {
         return done;
     }
     let held = Held::inherited()?;
-    if held.is_none() {
+    if held.is_none() && !holder::gave_a_mount() {
         kernel::check(&args.mountpoint)?;
     }
     if let Some(held) = held {
@@ -71,7 +89,34 @@ pub fn mount(mut args: MountArgs) -> Result<()> {
     if args.foreground || args.daemon_child {
         return foreground(&args, options);
     }
-    daemon(&args, &options)
+    start(&args, &options)
+}
+
+/// Has a mount stay when this process ends, by the node's service if there is to be one.
+fn start(args: &MountArgs, options: &MountOptions) -> Result<()> {
+    let Some(socket) = &args.holder else { return daemon(args, options) };
+    if !options.failover {
+        return Err(Error::new(Kind::Invalid, "no_failover is a mount without a holder: leave it out, or --holder"));
+    }
+    match node::mount(socket, args)? {
+        Report::Ready { .. } => Ok(()),
+        Report::Failed { code, message } => {
+            eprintln!("efc-fuse: {message}");
+            std::process::exit(i32::from(code));
+        }
+    }
+}
+
+/// The arguments of another process for the same mount.
+pub fn child_args(args: &MountArgs) -> Vec<OsString> {
+    let mut all: Vec<OsString> = vec!["mount".into(), args.source.clone().into(), args.mountpoint.clone().into()];
+    let mut with = |name: &str, value: OsString| all.extend([name.into(), value]);
+    with("--log-level", args.log_level.clone().into());
+    with("--log-format", args.log_format.clone().into());
+    args.log_file.iter().for_each(|file| with("--log-file", file.into()));
+    args.http.iter().for_each(|address| with("--http", address.into()));
+    args.options.iter().for_each(|o| with("-o", o.into()));
+    all
 }
 
 /// A directory of a mount that others share, which is started if it is not there.
@@ -83,7 +128,7 @@ fn bind(args: &MountArgs, options: &MountOptions, sub: &str) -> Result<()> {
     }
     let of_source = MountArgs { options: all_but(&args.options, "subpath"), ..args.clone() };
     Place::of(&args.source, &of_source.options).bind(sub, &args.mountpoint, |mountpoint| {
-        daemon(&MountArgs { mountpoint: mountpoint.into(), ..of_source }, options)
+        start(&MountArgs { mountpoint: mountpoint.into(), ..of_source }, options)
     })
 }
 
@@ -103,7 +148,7 @@ fn foreground(args: &MountArgs, options: MountOptions) -> Result<()> {
         process::run(args, options, None, ready)
     };
     if let (true, Err(e)) = (child, &done) {
-        say(&Report::Failed { code: super::exit_code(e), message: e.to_string() });
+        say(&Report::failed(e));
     }
     done
 }
@@ -142,13 +187,10 @@ fn daemon(args: &MountArgs, options: &MountOptions) -> Result<()> {
     let errors = std::fs::File::options().create(true).append(true).open(&log);
     let errors = errors.map_err(|e| Error::from(e).with("log-file", log.display()))?;
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("mount").arg(&args.source).arg(&args.mountpoint).arg("--daemon-child");
-    command.arg("--log-file").arg(&log).args(["--log-level", &args.log_level, "--log-format", &args.log_format]);
-    args.options.iter().for_each(|o| {
-        command.arg("-o").arg(o);
-    });
-    if let Some(http) = &args.http {
-        command.arg("--http").arg(http);
+    command.args(child_args(&MountArgs { log_file: Some(log.clone()), ..args.clone() })).arg("--daemon-child");
+    // What may be said to a service manager of the command is not said of the daemon.
+    for name in holder::OF_MANAGER {
+        command.env_remove(name);
     }
     command.current_dir("/").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
     // SAFETY: setsid is async-signal-safe and touches no memory; it fails only for a group leader, which a fresh child is not.

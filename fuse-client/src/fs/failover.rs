@@ -9,7 +9,7 @@ use super::open::Parked;
 use super::{EfcFs, Shared};
 use crate::holder::Held;
 use crate::holder::line::Item;
-use crate::journal::Journal;
+use crate::journal::{self, Journal};
 use crate::kernel::{Caller, Outcomes, Resent};
 use crate::lease::Succession;
 use crate::lock::LocksLeft;
@@ -150,9 +150,15 @@ impl EfcFs {
         Once { unique: ctx.unique, before: before.map(|text| state::Attempt::decode(text).unwrap_or_default()) }
     }
 
-    /// Everything that is known now is there for a successor. Nothing is answered any more.
-    pub fn write_down(&self) {
+    /// Everything that is known now is there for a successor, which reads this format of the journal. Nothing is answered any more.
+    pub fn write_down_for(&self, format: u32) {
+        let Some(failover) = &self.shared.parts.failover else { return };
         self.shared.write_down();
+        if format != *journal::FORMATS.end()
+            && let Err(e) = failover.journal.renew_in(format, || self.shared.checkpoint())
+        {
+            error!(error = %e, format, "the journal cannot be written as the other program reads it; that will not take over");
+        }
     }
 
     /// Takes up what the predecessor was doing and had open. To be called before the kernel's requests are read.

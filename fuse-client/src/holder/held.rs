@@ -1,7 +1,8 @@
 //! The mount process's side of its holder. It has everything that the holder keeps, so when the holder is gone it starts another.
 
 use super::line::{Event, Item, Line, Message, Past, Upgrade};
-use super::{HELD_PID, Kept, LIFE_MIN, inherited_line, reap_later, spawn, tell_all};
+use super::{Kept, LIFE_MIN, inherited_line, manager, reap_later, start, tell_all};
+use crate::embedded::Orphaned;
 use crate::options;
 use efc_common::metrics::{counter, histogram};
 use efc_common::{Error, Kind, Result};
@@ -79,6 +80,8 @@ pub struct Left {
     pub staging: Option<File>,
     /// Files in which others are, by number.
     pub staged: HashMap<u64, OwnedFd>,
+    /// Its embedded cluster.
+    pub cluster: Option<Orphaned>,
 }
 
 impl Held {
@@ -118,6 +121,15 @@ impl Held {
                 this.hear();
                 if this.ends.load(SeqCst) {
                     return;
+                }
+                if manager::starts_again() {
+                    error!("the holder of this mount is gone; this process ends for the service manager to begin anew");
+                    // As a crash: nothing may be cleaned up that the next one goes on with.
+                    if let Err(e) =
+                        rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)
+                    {
+                        error!(error = %e, "this process does not end");
+                    }
                 }
                 deaths = if begun.elapsed() > LIFE_MIN { 1 } else { deaths + 1 };
                 let started = if deaths > HOLDERS_MAX { Err(quick_deaths()) } else { this.start_holder() };
@@ -173,12 +185,11 @@ impl Held {
         let text = "the holder was gone; another holds the mount".into();
         let event = Event { at, what: "holder".into(), pid: std::process::id(), pause_ms: 0, text, upgrade: 0 };
         self.past.lock().remember(event);
-        let pid = std::process::id().to_string();
-        let (child, line) = spawn(&std::env::current_exe()?, self.options.lock().iter(), &[(HELD_PID, &pid)])?;
+        let (child, line) = start(&std::env::current_exe()?, self.options.lock().iter(), Some(std::process::id()))?;
         tell_all(&line, &kept, &self.past.lock())?;
         line.send(&Message::Ready, None)?;
         *self.line.lock() = Arc::new(line);
-        let started = child.id();
+        let started = child.pid;
         reap_later(child)?;
         Ok(started)
     }
@@ -205,7 +216,11 @@ impl Held {
             }
         }
         let staging = fd(Item::Staging)?.map(File::from);
-        Ok(Some(Left { connection, init, nodes: nodes.into(), outcomes, session, files, staging, staged }))
+        let cluster = match (fd(Item::Lifeline)?, fd(Item::DataDir)?, text(Item::Cluster)) {
+            (Some(lifeline), Some(lock), Some(running)) => Some(Orphaned { lifeline, lock, running }),
+            _ => None,
+        };
+        Ok(Some(Left { connection, init, nodes: nodes.into(), outcomes, session, files, staging, staged, cluster }))
     }
 
     /// Has the holder keep something for the next process.

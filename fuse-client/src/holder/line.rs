@@ -16,20 +16,21 @@
 //! ```
 
 use efc_common::{Error, Kind, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// Longest message, bytes: less than what a socket takes by default.
 const MESSAGE_BYTES_MAX: usize = 128 << 10;
 
 /// So many events are remembered, and so many pauses: a message has to hold all of them.
 const EVENTS_MAX: usize = 50;
+const PAUSES_MAX: usize = 1000;
 /// Longest text of an event, characters.
 pub(super) const EVENT_TEXT_MAX: usize = 300;
-const PAUSES_MAX: usize = 1000;
 
 /// What a holder keeps for the next mount process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -51,6 +52,14 @@ pub enum Item {
     Staging,
     /// The file in which the draft of this number is staged.
     Staged(u64),
+    /// The end of a pipe for which an embedded cluster lives ([`crate::embedded`]).
+    Lifeline,
+    /// The locked file of its data directory.
+    DataDir,
+    /// What of it runs, as text.
+    Cluster,
+    /// What the holder itself has to remember, as text: kept by a service manager only.
+    Memory,
 }
 
 impl Item {
@@ -63,7 +72,8 @@ impl Item {
 pub struct Event {
     /// When, seconds since 1970.
     pub at: u64,
-    /// `crash`, `hang`, `failed` (a process could not take over), `upgrade`, `upgrade_failed` (the program of before went on), `holder` (that was replaced itself).
+    /// `crash`, `hang`, `failed` (a process could not take over), `upgrade`, `upgrade_failed` (the program of before went on), `restart` (holder and process were gone, the service manager
+    /// began anew), `holder` (that was replaced itself).
     pub what: String,
     /// The process that serves since then.
     pub pid: u32,
@@ -198,6 +208,15 @@ impl Line {
         }
     }
 
+    /// Is there a message, or the end?
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(super) fn has_more(&self) -> Result<bool> {
+        let mut look = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        Ok(poll(&mut look, PollTimeout::ZERO).map_err(io::Error::from)? > 0)
+    }
+
     /// Waits for a message. `None`: the other end is gone.
     ///
     /// # Errors
@@ -239,7 +258,6 @@ mod tests {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
     use std::fs::File;
     use std::io::Read;
-    use std::os::fd::AsFd;
 
     fn pair() -> (Line, Line) {
         let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).expect("pair");
@@ -261,6 +279,7 @@ mod tests {
         let mut text = String::new();
         File::from(fd.expect("fd")).read_to_string(&mut text).expect("read");
         assert_eq!(text, "hello");
+        assert!(b.has_more().expect("look"));
         assert!(matches!(b.receive(), Ok(Some((Message::Ready, None)))));
         assert!(matches!(b.receive(), Ok(None)), "gone");
         assert!(b.send(&Message::Ready, None).is_err_and(|e| e.is(Kind::Unavailable)));

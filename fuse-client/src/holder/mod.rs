@@ -1,13 +1,17 @@
 //! The holder of a mount: a small process that keeps what a mount process needs to be replaced, and replaces it when it dies or hangs (decision 0011).
 //!
 //! It has one thread that waits (for messages, for the end of the mount process, for signals) and one that asks the mount something every second. It never opens a file on the mount,
-//! speaks to no network and starts no runtime: what can go wrong in it is little.
+//! speaks to no network and starts no runtime: what can go wrong in it is little. Above it there may be a service manager ([`manager`]), for the case that both are gone.
 
 mod held;
 pub mod line;
+mod manager;
+pub mod node;
+mod spawn;
 mod watch;
 
 pub use held::{Held, Left, Wish};
+pub use manager::{OF_MANAGER, gave_a_mount};
 
 use crate::cli::MountArgs;
 use crate::kernel::Mount;
@@ -15,15 +19,15 @@ use crate::options;
 use crate::shared::Users;
 use efc_common::{Error, Kind, Result};
 use line::{EVENT_TEXT_MAX, Event, Item, Line, Message, Past, Upgrade};
+use manager::{Manager, Memory};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use spawn::{Spawned, spawn};
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tracing::{debug, error, info, warn};
 use watch::Watch;
@@ -38,6 +42,8 @@ const TRIAL_DEADLINE: Duration = Duration::from_secs(4);
 const HELD_PID: &str = "EFC_HELD_PID";
 /// Tells a process the number of its end of the line.
 const LINE_FD: &str = "EFC_HOLDER_FD";
+/// It is always this one.
+const LINE_NUMBER: RawFd = 3;
 /// How often the mount is looked at, milliseconds.
 const TICK_MS: u16 = 200;
 /// A mount that owes an answer for so long hangs. Its session ends 10 s after a renewal, and one comes every few seconds: another process is to go on with it before.
@@ -66,7 +72,7 @@ enum End {
 /// # Errors
 /// What the mount process said when it could not come up; or that it cannot be kept alive.
 pub fn run(args: &MountArgs, ready: impl FnOnce()) -> Result<()> {
-    Holder::new(args, None)?.run(ready)
+    Holder::new(args, None)?.hold(ready)
 }
 
 /// Goes on holding the mount of a process whose holder is gone, if this process was started for that.
@@ -79,7 +85,7 @@ pub fn run_again(args: &MountArgs) -> Option<Result<()>> {
         args.begin_log()?;
         let line = inherited_line()?
             .ok_or_else(|| Error::new(Kind::Invalid, "a holder without a line to its mount process"))?;
-        Holder::new(args, Some((pid, line)))?.run(|| {})
+        Holder::new(args, Some((pid, line)))?.hold(|| {})
     };
     Some(again())
 }
@@ -116,6 +122,8 @@ struct Holder {
     /// The process that lives now has said that it serves.
     is_ready: bool,
     kept: Kept,
+    /// Who keeps that as well.
+    manager: Option<Manager>,
     signals: SignalFd,
     /// Mount processes in a row that have not lived.
     deaths: u32,
@@ -138,7 +146,8 @@ impl Holder {
         let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK);
         // When another version has taken the program's place, this one is still there by the second path.
         let program = std::env::current_exe().ok().filter(|p| p.exists()).unwrap_or_else(|| OWN_PROGRAM.into());
-        Ok(Holder {
+        let (manager, kept) = Manager::of_this_process()?.unzip();
+        let mut holder = Holder {
             mountpoint: args.mountpoint.clone(),
             found,
             program,
@@ -147,7 +156,8 @@ impl Holder {
             past: Past::default(),
             idle_since: None,
             is_ready: false,
-            kept: Kept::new(),
+            kept: kept.unwrap_or_default(),
+            manager,
             signals: signals.map_err(std::io::Error::from)?,
             deaths: 0,
             lost: None,
@@ -155,10 +165,48 @@ impl Holder {
             hung: false,
             stopping: false,
             users: Users::of(&args.mountpoint)?,
-        })
+        };
+        holder.recollect()?;
+        Ok(holder)
     }
 
-    fn run(mut self, ready: impl FnOnce()) -> Result<()> {
+    /// Goes on from what a service manager kept of a holder that is gone with its mount process.
+    fn recollect(&mut self) -> Result<()> {
+        if let Some((text, _)) = self.kept.remove(&Item::Memory) {
+            let memory: Memory = serde_json::from_str(&text)
+                .map_err(|e| Error::new(Kind::Corrupt, "what the holder of before remembered").caused_by(e))?;
+            self.program = memory.program.map_or_else(|| self.program.clone(), PathBuf::from);
+            (self.options, self.past) = (memory.options, memory.past);
+        }
+        if self.can_go_on() {
+            warn!("the holder of before and its mount process are gone; the service manager has kept what they left");
+            self.idle_since = Some(Instant::now());
+            self.past.count("restart");
+            self.lost = Some(("restart".into(), "holder and mount process were gone".into(), 0));
+        }
+        Ok(())
+    }
+
+    /// Tells the service manager what this holder has to remember.
+    fn memorize(&mut self) {
+        let Some(manager) = &mut self.manager else { return };
+        let program = self.program.to_str().map(String::from).filter(|p| p != OWN_PROGRAM);
+        let memory = Memory { program, options: self.options.clone(), past: self.past.clone() };
+        match serde_json::to_string(&memory) {
+            Ok(text) => manager.keep(Item::Memory, &text, None),
+            Err(e) => warn!(error = %e, "the service manager does not know what happened to the mount"),
+        }
+    }
+
+    fn hold(mut self, ready: impl FnOnce()) -> Result<()> {
+        let done = self.run(ready);
+        if let (Some(manager), Err(e)) = (&self.manager, &done) {
+            manager.failed(e);
+        }
+        done
+    }
+
+    fn run(&mut self, ready: impl FnOnce()) -> Result<()> {
         let mut ready = Some(ready);
         loop {
             let begun = Instant::now();
@@ -259,15 +307,19 @@ impl Holder {
         let (pid, mut child, line) = match self.found.take() {
             Some((pid, line)) => (pid, None, line),
             None => match self.start() {
-                Ok((child, line)) => (child.id(), Some(child), line),
+                Ok((child, line)) => (child.pid, Some(child), line),
                 Err(e) if self.can_go_on() => return Ok(End::Bye(1, Some(e.to_string()))),
                 Err(e) => return Err(e),
             },
         };
+        if let Some(manager) = &self.manager {
+            manager.served_by(pid);
+        }
         let begun = Instant::now();
         let mut bye = None;
         let mut left = false;
         let mut killed = false;
+        let mut heard_all = false;
         let process = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
         let process = process.ok_or_else(|| Error::new(Kind::Invalid, "impossible process"))?;
         let ended = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty());
@@ -289,17 +341,29 @@ impl Holder {
             // What it said last is still to be heard when it is over.
             if said {
                 let message = line.receive();
-                let heard_all = matches!(message, Ok(None));
+                heard_all = matches!(message, Ok(None));
                 match message {
                     Ok(Some((Message::Keep { item, text }, fd))) => {
+                        if let Some(manager) = &mut self.manager {
+                            manager.keep(item, &text, fd.as_ref().map(AsFd::as_fd));
+                        }
                         self.kept.insert(item, (text, fd));
                     }
-                    Ok(Some((Message::Drop { item }, _))) => drop(self.kept.remove(&item)),
+                    Ok(Some((Message::Drop { item }, _))) => {
+                        if let Some(manager) = &mut self.manager {
+                            manager.drop_item(item);
+                        }
+                        self.kept.remove(&item);
+                    }
                     Ok(Some((Message::Ready, _))) => {
                         self.is_ready = true;
                         self.watch.get_or_insert_with(|| Watch::start(&self.mountpoint));
                         if let Some(event) = self.serves(pid) {
                             tell(&line, &Message::Event(event));
+                        }
+                        self.memorize();
+                        if let Some(manager) = &self.manager {
+                            manager.ready();
                         }
                         ready();
                     }
@@ -309,7 +373,10 @@ impl Holder {
                         self.trial = Some(upgrade);
                         tell(&line, &Message::Leave);
                     }
-                    Ok(Some((Message::Options(options), _))) => options::replace(&mut self.options, &options),
+                    Ok(Some((Message::Options(options), _))) => {
+                        options::replace(&mut self.options, &options);
+                        self.memorize();
+                    }
                     Ok(Some((Message::Left, _))) => left = true,
                     Ok(Some((Message::Bye { code, text }, _))) => bye = Some((code, text)),
                     // From a process whose holder is gone: what that knew.
@@ -322,8 +389,12 @@ impl Holder {
                 }
             }
             if over || watch::is_dying(pid) {
+                // What it said just before its end may have come after the look at the line.
+                if !heard_all && line.has_more()? {
+                    continue;
+                }
                 let status = match child.take() {
-                    Some(mut child) if over => child.wait()?.to_string(),
+                    Some(child) if over => spawn::show(&child.wait()?),
                     Some(child) => {
                         reap_later(child)?;
                         "killed, not yet gone".into()
@@ -372,11 +443,11 @@ impl Holder {
     }
 
     /// Starts a mount process and gives it everything that is kept.
-    fn start(&self) -> Result<(Child, Line)> {
+    fn start(&self) -> Result<(Spawned, Line)> {
         let trial = self.trial.as_ref();
         let program = trial.map_or(&*self.program, |t| Path::new(&t.program));
         let options = self.options.iter().chain(trial.iter().flat_map(|t| &t.options));
-        let (child, line) = spawn(program, options, &[])?;
+        let (child, line) = start(program, options, None)?;
         if let Err(e) = tell_all(&line, &self.kept, &self.past) {
             warn!(error = %e, "the mount process was not told what is kept for it");
         }
@@ -385,7 +456,7 @@ impl Holder {
 }
 
 /// Waits for the end of a process in a thread of its own: of one that is dying a thread may be in the kernel until a successor answers what it waits for.
-fn reap_later(mut child: Child) -> Result<()> {
+fn reap_later(child: Spawned) -> Result<()> {
     std::thread::Builder::new().name("efc-reap".into()).spawn(move || {
         if let Err(e) = child.wait() {
             warn!(error = %e, "a process that ended is not cleared away");
@@ -420,31 +491,18 @@ fn inherited_line() -> Result<Option<Line>> {
     Ok(Some(Line::new(socket)))
 }
 
-/// Starts a program with the arguments of this one, further mount options and `env`, and a line to it.
-fn spawn<'a>(program: &Path, options: impl Iterator<Item = &'a String>, env: &[(&str, &str)]) -> Result<(Child, Line)> {
+/// Starts a program with the arguments of this one, further mount options, and a line to it; `held`: to hold this process.
+fn start<'a>(program: &Path, options: impl Iterator<Item = &'a String>, held: Option<u32>) -> Result<(Spawned, Line)> {
     let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
     let (ours, theirs) = pair.map_err(std::io::Error::from)?;
-    let mut command = Command::new(if program.exists() { program } else { Path::new(OWN_PROGRAM) });
-    let mut args = std::env::args_os();
-    if let Some(name) = args.next() {
-        command.arg0(name);
-    }
-    command.args(args).env_remove(HELD_PID).envs(env.iter().copied()).env(LINE_FD, theirs.as_raw_fd().to_string());
-    options.for_each(|o| {
-        command.arg("-o").arg(o);
-    });
-    let inherited = theirs.as_raw_fd();
-    // SAFETY: between fork and exec only async-signal-safe calls are made; the fd stays open until the child has it.
-    unsafe {
-        command.pre_exec(move || {
-            // The holder waits for its signals in another way; whoever is started by it takes them as usual.
-            SigSet::empty().thread_set_mask()?;
-            match libc::fcntl(inherited, libc::F_SETFD, 0) {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            }
-        });
-    }
-    let child = command.spawn()?;
+    let options = options.flat_map(|o| ["-o".into(), o.into()]);
+    // The manager hears of what is started here from the holder.
+    let own = [HELD_PID, LINE_FD, manager::LISTEN_FDS, manager::LISTEN_FDNAMES];
+    let env = std::env::vars_os().filter(|(name, _)| own.iter().all(|o| name != o));
+    let line = (LINE_FD.into(), LINE_NUMBER.to_string().into());
+    let held = held.map(|pid| (HELD_PID.into(), pid.to_string().into()));
+    let program = if program.exists() { program } else { Path::new(OWN_PROGRAM) };
+    let args = std::env::args_os().chain(options);
+    let child = spawn(program, args, env.chain([line]).chain(held), &[&theirs], LINE_NUMBER, false)?;
     Ok((child, Line::new(ours)))
 }

@@ -8,6 +8,7 @@
 
 mod adapter;
 mod adopt;
+pub mod buffers;
 mod conn;
 mod encode;
 mod features;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::support::*;
 use efc_common::Kind;
-use efc_fuse::kernel::{Ended, Errno, KernelFeatures, Mount, Session, SessionConfig, Unmounted, serve};
+use efc_fuse::kernel::{Ended, Errno, KernelFeatures, Mount, Session, SessionConfig, Unmounted, buffers, serve};
 
 #[test]
 fn tools_see_the_tree_as_it_is() {
@@ -26,6 +26,15 @@ fn tools_see_the_tree_as_it_is() {
     let copy = tempfile::tempdir().expect("dir");
     let to = copy.path().display();
     shell(&m, &format!("cp -r files {to}/; for f in files/*; do cmp $f {to}/$f; done; cat link | cmp - files/114688"));
+}
+
+#[test]
+fn requests_are_read_into_memory_that_is_there() {
+    let before = buffers::made();
+    let m = Mounted::new(MemFs::new());
+    shell(&m, "ls");
+    // One for each thread, if `fuser` still allocates them as it did.
+    assert!(buffers::made() >= before + 2, "{}", buffers::made());
 }
 
 #[test]

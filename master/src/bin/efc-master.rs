@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use clap::Parser;
+use efc_common::parent::Parent;
 use efc_common::{Error, Kind, log, metrics, units};
 use efc_master::{Config, Master};
 use std::collections::BTreeMap;
@@ -12,7 +13,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Without a leader for this long after the start, somebody should look.
@@ -94,6 +94,9 @@ struct Flags {
     /// Stops when the process that started it ends
     #[arg(long)]
     parent_death: bool,
+    /// Stops when its standard input ends: a pipe whose other end is with whoever needs it
+    #[arg(long)]
+    lifeline: bool,
 }
 
 fn parse_peer(text: &str) -> Result<(u64, String), String> {
@@ -157,15 +160,6 @@ fn take_fd(fd: RawFd) -> anyhow::Result<Option<File>> {
     Ok(Some(File::from(unsafe { OwnedFd::from_raw_fd(fd) })))
 }
 
-/// A descriptor that becomes readable when the parent process (not only the thread that spawned us) has ended.
-fn parent_watch() -> anyhow::Result<AsyncFd<OwnedFd>> {
-    let parent = rustix::process::getppid().context("--parent-death: the parent is not visible from here")?;
-    let fd = rustix::process::pidfd_open(parent, rustix::process::PidfdFlags::empty()).context("--parent-death")?;
-    anyhow::ensure!(rustix::process::getppid() == Some(parent), "--parent-death: the parent has ended");
-    // SAFETY: the OwnedFd is the one descriptor, stays the same and open for as long as the AsyncFd holds it.
-    unsafe { AsyncFd::register(fd) }.map_err(|e| anyhow::anyhow!("--parent-death: {e}"))
-}
-
 /// Tells whoever waits that the master serves.
 fn say_ready(master: &Master, ready_fd: Option<File>) -> std::io::Result<()> {
     let line = serde_json::json!({"grpc": master.grpc_addr(), "http": master.http_addr()});
@@ -181,19 +175,13 @@ fn say_ready(master: &Master, ready_fd: Option<File>) -> std::io::Result<()> {
 async fn run(flags: Flags) -> anyhow::Result<()> {
     let config = flags.config()?;
     let ready_fd = flags.ready_fd.map(take_fd).transpose()?.flatten();
-    let parent = if flags.parent_death { Some(parent_watch()?) } else { None };
+    let mut parent = Parent::watch(flags.parent_death, flags.lifeline)?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let exposition = metrics::install()?;
     let master = Master::start(config, Arc::new(move || exposition.render())).await?;
     tracing::info!(node = flags.node_id, grpc = master.grpc_addr(), http = master.http_addr(), "listening");
 
-    let parent_gone = async {
-        match &parent {
-            Some(fd) => drop(fd.readable().await),
-            None => std::future::pending().await,
-        }
-    };
     let work = async {
         tokio::select! {
             r = master.ready() => r?,
@@ -204,7 +192,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         }
         if let Err(e) = say_ready(&master, ready_fd) {
             // Nobody reads: a parent that is gone, or a shell that does not care.
-            anyhow::ensure!(!flags.parent_death, "the parent does not listen any more: {e}");
+            anyhow::ensure!(!flags.parent_death && !flags.lifeline, "the parent does not listen any more: {e}");
         }
         tracing::info!("ready");
         std::future::pending::<anyhow::Result<&'static str>>().await
@@ -214,7 +202,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         e = master.failed() => Err(e.into()),
         _ = terminate.recv() => Ok("SIGTERM"),
         _ = interrupt.recv() => Ok("SIGINT"),
-        () = parent_gone => Ok("the parent process ended"),
+        () = parent.ended() => Ok("who started it has ended"),
     };
     if let Ok(why) = &result {
         tracing::info!(why, "stopping");
