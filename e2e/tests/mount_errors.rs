@@ -88,6 +88,29 @@ fn a_busy_mountpoint_is_refused_and_left_as_it_was() {
     assert_eq!(umount().expect("umount").status.code(), Some(3));
 }
 
+#[test]
+fn what_is_in_use_for_a_moment_is_unmounted() {
+    let dir = scratch("moment").expect("dir");
+    let (src, mnt) = (dir.path().join("src"), dir.path().join("mnt"));
+    [&src, &mnt].into_iter().for_each(|d| std::fs::create_dir(d).expect("mkdir"));
+    std::fs::write(src.join("f"), "there").expect("file");
+    let done = mount(&format!("file://{}", src.display()), &mnt, "", ("", ""));
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let umount =
+        || Command::new("timeout").arg("30").arg(program("efc-fuse").expect("built")).arg("umount").arg(&mnt).output();
+    let file = std::fs::File::open(mnt.join("f")).expect("open");
+    let refused = umount().expect("umount");
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    let closed = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        drop(file);
+    });
+    let gone = umount().expect("umount");
+    closed.join().expect("closed");
+    assert!(refused.status.code() == Some(6) && said.contains("in use"), "{said}");
+    assert!(gone.status.success(), "{}", String::from_utf8_lossy(&gone.stderr));
+}
+
 /// A link in /sbin, where mount(8) looks for helpers; removed on drop. A link that is there already is not ours.
 struct Helper(bool);
 

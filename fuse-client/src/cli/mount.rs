@@ -23,6 +23,9 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// A mount that is in use for longer is in use by others than its holder.
+const OWN_USE: Duration = Duration::from_millis(300);
+
 /// What a daemon says to the command that started it.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -225,7 +228,14 @@ pub fn umount(mountpoint: &Path, lazy: bool, force: bool) -> Result<()> {
     if force {
         mount.abort()?;
     }
-    mount.unmount(lazy || force)?;
+    let begun = Instant::now();
+    // Its holder looks at it once a second, and has it in use for that moment.
+    while let Err(e) = mount.unmount(lazy || force) {
+        if !e.is(Kind::Busy) || begun.elapsed() > OWN_USE {
+            return Err(e);
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
     // The process ends by itself when the kernel closes the session; wait, so that a new mount finds everything free.
     let socket = control::socket_path(&mountpoint);
     let deadline = Instant::now() + Duration::from_secs(15);
