@@ -6,6 +6,16 @@ use efc_testkit::process::scratch;
 use std::path::Path;
 use std::process::{Command, Output};
 
+/// A mountpoint on which nothing stays, also after a panic.
+struct Left<'a>(&'a Path);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        // Nothing is mounted there any more if all went well.
+        let _ = Command::new("timeout").args(["10", "umount", "-l"]).arg(self.0).output();
+    }
+}
+
 /// Runs `efc-fuse mount` to its end under a deadline.
 fn mount(source: &str, mountpoint: &Path, options: &str, keys: (&str, &str)) -> Output {
     let mut c = Command::new("timeout");
@@ -73,6 +83,7 @@ fn a_busy_mountpoint_is_refused_and_left_as_it_was() {
     let (src, mnt) = (dir.path().join("src"), dir.path().join("mnt"));
     std::fs::create_dir(&src).expect("src");
     std::fs::create_dir(&mnt).expect("mnt");
+    let _left = Left(&mnt);
     let source = format!("file://{}", src.display());
     let first = mount(&source, &mnt, "", ("", ""));
     assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
@@ -94,6 +105,7 @@ fn what_is_in_use_for_a_moment_is_unmounted() {
     let (src, mnt) = (dir.path().join("src"), dir.path().join("mnt"));
     [&src, &mnt].into_iter().for_each(|d| std::fs::create_dir(d).expect("mkdir"));
     std::fs::write(src.join("f"), "there").expect("file");
+    let _left = Left(&mnt);
     let done = mount(&format!("file://{}", src.display()), &mnt, "", ("", ""));
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let umount =

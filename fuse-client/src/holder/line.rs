@@ -213,8 +213,7 @@ impl Line {
     /// # Errors
     /// What the system said.
     pub(super) fn has_more(&self) -> Result<bool> {
-        let mut look = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-        Ok(poll(&mut look, PollTimeout::ZERO).map_err(io::Error::from)? > 0)
+        is_readable(self.socket.as_fd())
     }
 
     /// Waits for a message. `None`: the other end is gone.
@@ -222,34 +221,48 @@ impl Line {
     /// # Errors
     /// [`Kind::Corrupt`] for what is no message.
     pub fn receive(&self) -> Result<Option<(Message, Option<OwnedFd>)>> {
-        let mut bytes = vec![0; MESSAGE_BYTES_MAX];
-        let mut space = nix::cmsg_space!([RawFd; 4]);
-        let mut fds: Vec<OwnedFd> = Vec::new();
-        let length = {
-            let mut parts = [IoSliceMut::new(&mut bytes)];
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            let got = loop {
-                match recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, Some(&mut space), flags) {
-                    Err(nix::errno::Errno::EINTR) => {}
-                    Err(nix::errno::Errno::ECONNRESET) => return Ok(None),
-                    other => break other.map_err(io::Error::from)?,
-                }
-            };
-            for control in got.cmsgs().map_err(io::Error::from)? {
-                if let ControlMessageOwned::ScmRights(raw) = control {
-                    // SAFETY: the kernel has just made these fds for us; nobody else knows them.
-                    fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-                }
-            }
-            got.bytes
+        let (bytes, mut fds) = match receive_packet(self.socket.as_fd(), MESSAGE_BYTES_MAX) {
+            Err(nix::errno::Errno::ECONNRESET) => return Ok(None),
+            other => other.map_err(io::Error::from)?,
         };
-        if length == 0 {
+        if bytes.is_empty() {
             return Ok(None);
         }
-        let message = serde_json::from_slice(&bytes[..length])
+        let message = serde_json::from_slice(&bytes)
             .map_err(|e| Error::new(Kind::Corrupt, "what came on the holder's line is no message").caused_by(e))?;
         Ok(Some((message, fds.pop())))
     }
+}
+
+/// Is there something to receive, or the end?
+pub(super) fn is_readable(socket: BorrowedFd<'_>) -> Result<bool> {
+    let mut look = [PollFd::new(socket, PollFlags::POLLIN)];
+    Ok(poll(&mut look, PollTimeout::ZERO).map_err(io::Error::from)? > 0)
+}
+
+/// The next packet of at most so many bytes, with the descriptors that came with it. Empty: the end.
+pub(super) fn receive_packet(socket: BorrowedFd<'_>, most: usize) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut bytes = vec![0; most];
+    let mut space = nix::cmsg_space!([RawFd; 4]);
+    let mut fds: Vec<OwnedFd> = Vec::new();
+    let length = {
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let got = loop {
+            match recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
+                Err(nix::errno::Errno::EINTR) => {}
+                other => break other?,
+            }
+        };
+        for control in got.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(raw) = control {
+                // SAFETY: the kernel has just made these fds for us; nobody else knows them.
+                fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        got.bytes
+    };
+    bytes.truncate(length);
+    Ok((bytes, fds))
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 //!
 //! `efc-fuse mount --holder SOCKET` asks by one line of JSON ([`Ask`]), and is answered by one ([`Report`]). Whoever is not root or the service's own user is refused.
 
-use super::line::Item;
+use super::line::{Item, is_readable, receive_packet};
 use super::manager::{FDSTORE, FIRST_FD, LISTEN_FDNAMES, LISTEN_FDS, NOTIFY_SOCKET, OF_MANAGER, SERVER, item_of};
 use super::spawn::{Spawned, show, spawn};
 use super::{DEATHS_MAX, LIFE_MIN, OWN_PROGRAM, PAUSE, PAUSE_MAX, watch};
@@ -16,13 +16,13 @@ use crate::control::run_dir;
 use efc_common::{Error, Kind, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, getsockopt, recvmsg, sockopt};
+use nix::sys::socket::{getsockopt, sockopt};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader, ErrorKind, IoSliceMut, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -263,8 +263,7 @@ impl HeldMount {
                 }
             } else if over {
                 // What it said just before its end may have come after the look.
-                let mut more = [PollFd::new(self.notify.as_fd(), PollFlags::POLLIN)];
-                if poll(&mut more, PollTimeout::ZERO).is_ok_and(|n| n > 0) {
+                if is_readable(self.notify.as_fd())? {
                     continue;
                 }
                 return process.wait();
@@ -273,23 +272,9 @@ impl HeldMount {
     }
 
     fn take_message(&mut self) -> Result<()> {
-        let mut bytes = vec![0; MESSAGE_BYTES_MAX];
-        let mut space = nix::cmsg_space!([RawFd; 4]);
-        let mut fds: Vec<OwnedFd> = Vec::new();
-        let length = {
-            let mut parts = [IoSliceMut::new(&mut bytes)];
-            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-            let got = recvmsg::<()>(self.notify.as_raw_fd(), &mut parts, Some(&mut space), flags)
-                .map_err(std::io::Error::from)?;
-            for control in got.cmsgs().map_err(std::io::Error::from)? {
-                if let ControlMessageOwned::ScmRights(raw) = control {
-                    // SAFETY: the kernel has just made these fds for us; nobody else knows them.
-                    fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-                }
-            }
-            got.bytes
-        };
-        let text = String::from_utf8_lossy(&bytes[..length]).into_owned();
+        let packet = receive_packet(self.notify.as_fd(), MESSAGE_BYTES_MAX);
+        let (bytes, mut fds) = packet.map_err(std::io::Error::from)?;
+        let text = String::from_utf8_lossy(&bytes);
         let said = |name: &str| text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix('='));
         let name = said("FDNAME").unwrap_or_default();
         if said("FDSTORE") == Some("1") {
