@@ -14,6 +14,7 @@ pub use held::{Held, Left, Wish};
 pub use manager::{OF_MANAGER, gave_a_mount};
 
 use crate::cli::MountArgs;
+use crate::control;
 use crate::kernel::Mount;
 use crate::options;
 use crate::shared::Users;
@@ -131,7 +132,7 @@ struct Holder {
     lost: Option<(String, String, u64)>,
     watch: Option<Watch>,
     /// It was killed because it did not answer.
-    hung: bool,
+    hung: Option<String>,
     /// A signal said that the mount is to end.
     stopping: bool,
     /// Who uses it, where that decides how long it lives.
@@ -162,7 +163,7 @@ impl Holder {
             deaths: 0,
             lost: None,
             watch: None,
-            hung: false,
+            hung: None,
             stopping: false,
             users: Users::of(&args.mountpoint)?,
         };
@@ -225,7 +226,7 @@ impl Holder {
                 End::Left => ("upgrade", String::new()),
                 // It has not served; the one before had left everything.
                 End::Bye(_, text) if self.trial.is_some() => ("upgrade_failed", text.unwrap_or_default()),
-                End::Died(_) if self.trial.is_some() && std::mem::take(&mut self.hung) => {
+                End::Died(_) if self.trial.is_some() && self.hung.take().is_some() => {
                     ("upgrade_failed", format!("it did not serve within {} s", TRIAL_DEADLINE.as_secs()))
                 }
                 End::Died(status) if self.trial.is_some() => ("upgrade_failed", status),
@@ -237,7 +238,10 @@ impl Holder {
                         format!("the mount process is gone, and left nothing that another could go on with ({status})");
                     return Err(Error::new(Kind::Io, text));
                 }
-                End::Died(status) => (if std::mem::take(&mut self.hung) { "hang" } else { "crash" }, status),
+                End::Died(status) => match self.hung.take() {
+                    Some(saved) => ("hang", format!("{status}; {saved}")),
+                    None => ("crash", status),
+                },
             };
             self.over(reason, &text, begun.elapsed())?;
         }
@@ -430,8 +434,9 @@ impl Holder {
             };
             if late && !killed && self.can_go_on() && bye.is_none() {
                 killed = true;
-                error!(pid, stacks = watch::stacks(pid), "the mount does not answer; its process is killed");
-                self.hung = !leaves;
+                let saved = watch::save_stacks(pid, &control::socket_path(&self.mountpoint).with_extension("hang"));
+                error!(pid, saved, "the mount does not answer; its process is killed");
+                self.hung = (!leaves).then_some(saved);
                 if let Some(watch) = &self.watch {
                     watch.begin_anew();
                 }

@@ -9,12 +9,13 @@
 use super::line::{Item, is_readable, receive_packet};
 use super::manager::{FDSTORE, FIRST_FD, LISTEN_FDNAMES, LISTEN_FDS, NOTIFY_SOCKET, OF_MANAGER, SERVER, item_of};
 use super::spawn::{Spawned, show, spawn};
-use super::{DEATHS_MAX, LIFE_MIN, OWN_PROGRAM, PAUSE, PAUSE_MAX, watch};
+use super::{DEATHS_MAX, LIFE_MIN, OWN_PROGRAM, PAUSE, PAUSE_MAX, TICK_MS, reap_later, watch};
 use crate::cli::MountArgs;
 use crate::cli::mount::{Report, child_args};
 use crate::control::run_dir;
 use efc_common::{Error, Kind, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -95,6 +96,9 @@ pub fn listen(socket: &Path) -> Result<()> {
     nix::sys::prctl::set_child_subreaper(true).map_err(std::io::Error::from)?;
     std::env::set_current_dir("/")?;
     std::fs::create_dir_all(run_dir())?;
+    // A dozen descriptors for each mount, and one for each long file that is being written.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).map_err(std::io::Error::from)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).map_err(std::io::Error::from)?;
     let listener = UnixListener::bind(&socket).map_err(with)?;
     let mut end = SigSet::empty();
     [Signal::SIGTERM, Signal::SIGINT].into_iter().for_each(|s| end.add(s));
@@ -187,7 +191,7 @@ impl HeldMount {
         loop {
             let begun = Instant::now();
             let process = self.start()?;
-            let status = self.hear(stream, &process)?;
+            let status = self.hear(stream, process)?;
             let what = self.ask.args.join(" ");
             match status {
                 WaitStatus::Exited(_, 0) => return Ok(()),
@@ -242,13 +246,13 @@ impl HeldMount {
     }
 
     /// Hears a holder until it is over.
-    fn hear(&mut self, stream: &UnixStream, process: &Spawned) -> Result<WaitStatus> {
+    fn hear(&mut self, stream: &UnixStream, process: Spawned) -> Result<WaitStatus> {
         loop {
             let mut fds = [
                 PollFd::new(self.notify.as_fd(), PollFlags::POLLIN),
                 PollFd::new(process.ended.as_fd(), PollFlags::POLLIN),
             ];
-            match poll(&mut fds, PollTimeout::NONE) {
+            match poll(&mut fds, PollTimeout::from(TICK_MS)) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(e) => return Err(std::io::Error::from(e).into()),
             }
@@ -261,12 +265,18 @@ impl HeldMount {
                     // Nobody waits any more.
                     let _ = stream.shutdown(std::net::Shutdown::Both);
                 }
-            } else if over {
+            } else if over || watch::is_dying(process.pid) {
                 // What it said just before its end may have come after the look.
                 if is_readable(self.notify.as_fd())? {
                     continue;
                 }
-                return process.wait();
+                if over {
+                    return process.wait();
+                }
+                // A thread of it is in the kernel until a successor answers what it has asked the mount.
+                let killed = nix::unistd::Pid::from_raw(process.pid as i32);
+                reap_later(process)?;
+                return Ok(WaitStatus::Signaled(killed, Signal::SIGKILL, false));
             }
         }
     }

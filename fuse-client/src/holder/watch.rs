@@ -20,6 +20,11 @@ impl Watch {
         let watch = Watch { base: Instant::now(), asked: Arc::default() };
         let (base, asked, path): (_, _, PathBuf) = (watch.base, watch.asked.clone(), mountpoint.into());
         let ask = move || {
+            // A question that nobody answers keeps this thread in the kernel, also when the process has been killed. It may not keep the process's files open by that: the connection
+            // ends with the last who has it.
+            if let Err(e) = own_no_files() {
+                tracing::warn!(error = %e, "if holder and mount process are killed, the mount may hang instead of ending");
+            }
             loop {
                 asked.store(millis(base), SeqCst);
                 // Any answer is one: also that the mount is gone.
@@ -49,22 +54,40 @@ impl Watch {
     }
 }
 
+/// Gives the calling thread a table of descriptors of its own, and nothing in it.
+fn own_no_files() -> std::io::Result<()> {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES)?;
+    // SAFETY: of the thread's own table; whatever the process has open stays so for its other threads, and this one uses no descriptor from here on.
+    match unsafe { libc::close_range(0, libc::c_uint::MAX, 0) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
 fn millis(base: Instant) -> u64 {
     base.elapsed().as_millis() as u64 + 1
 }
 
-/// What the threads of a process wait for in the kernel, a line each.
-pub(super) fn stacks(pid: u32) -> String {
+/// Saves what the threads of a process wait for in the kernel, and says where that is.
+pub(super) fn save_stacks(pid: u32, path: &Path) -> String {
+    match std::fs::write(path, stacks(pid)) {
+        Ok(()) => format!("its stacks are in {}", path.display()),
+        Err(e) => format!("its stacks could not be saved in {}: {e}", path.display()),
+    }
+}
+
+/// What the threads of a process wait for in the kernel.
+fn stacks(pid: u32) -> String {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let lines = tasks.map(|task| {
+    let threads = tasks.map(|task| {
+        // A thread that ends meanwhile has nothing to show.
         let read = |name: &str| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
-        let stack = read("stack");
-        let frames: Vec<&str> = stack.lines().take(6).filter_map(|l| l.split_once("] ").map(|(_, f)| f)).collect();
-        let state = read("status");
-        let state = state.lines().find_map(|l| l.strip_prefix("State:")).unwrap_or("").trim().to_string();
-        format!("{} [{state}] {} {}", read("comm").trim(), read("wchan").trim(), frames.join(" < "))
+        let (stack, status) = (read("stack"), read("status"));
+        let state = status.lines().find_map(|l| l.strip_prefix("State:")).unwrap_or("").trim();
+        let (name, number) = (read("comm"), task.file_name());
+        format!("{} {} {state} {}\n{stack}", name.trim(), number.display(), read("wchan").trim())
     });
-    lines.collect::<Vec<_>>().join("; ")
+    format!("process {pid}, its threads in the kernel:\n{}", threads.collect::<Vec<_>>().join("\n"))
 }
 
 /// Is a process over but for threads that are still in the kernel? They never come back from there to do anything: one that tells the kernel to drop a page may wait for the reader of that page,
@@ -84,6 +107,19 @@ mod tests {
         let watch = Watch::start(Path::new("/"));
         std::thread::sleep(Duration::from_millis(200));
         assert!(watch.waits() < Duration::from_millis(150), "{:?}", watch.waits());
-        assert!(stacks(std::process::id()).contains("efc-watch"));
+    }
+
+    #[test]
+    fn stacks_are_saved() {
+        let _watch = Watch::start(Path::new("/"));
+        std::thread::sleep(Duration::from_millis(200));
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("hang");
+        let said = save_stacks(std::process::id(), &path);
+        assert_eq!(said, format!("its stacks are in {}", path.display()));
+        let text = std::fs::read_to_string(&path).expect("saved");
+        let lines: Vec<&str> = text.lines().skip_while(|l| !l.starts_with("efc-watch ")).collect();
+        assert!(lines.len() > 1 && lines[1].starts_with("[<0>] "), "{text}");
+        assert!(save_stacks(1, &dir.path().join("none/hang")).contains("could not be saved"));
     }
 }
