@@ -42,6 +42,8 @@ pub struct Connected {
     pub tree: Option<DynTree>,
     /// The same origin for changes, if it is an object store.
     pub objects: Option<DynObjects>,
+    /// What its requests are signed with, if it is an object store.
+    pub signer: Option<object::Signer>,
     /// What it has asked of the origin.
     pub counters: Arc<Counters>,
 }
@@ -87,6 +89,7 @@ pub(crate) struct Raw {
     pub(crate) backend: DynBackend,
     pub(crate) tree: Option<DynTree>,
     pub(crate) objects: Option<DynObjects>,
+    pub(crate) signer: Option<object::Signer>,
 }
 
 impl Raw {
@@ -95,7 +98,7 @@ impl Raw {
         let fault = make(self.backend)?;
         let tree = self.tree.map(|tree| fault.tree(tree));
         let objects = self.objects.map(|objects| fault.objects(objects));
-        Ok(Raw { backend: Arc::new(fault), tree, objects })
+        Ok(Raw { backend: Arc::new(fault), tree, objects, signer: self.signer })
     }
 }
 
@@ -117,7 +120,7 @@ pub(crate) fn stack(raw: Raw, source: String, s: &Settings) -> Connected {
         let limited = Arc::new(objects::limit::Limit::new(counted, limits));
         Arc::new(objects::retry::Retry::new(limited, policy))
     });
-    Connected { backend, tree, objects, counters }
+    Connected { backend, tree, objects, signer: raw.signer, counters }
 }
 
 /// The plain protocol client.
@@ -125,15 +128,16 @@ fn plain(spec: &SourceSpec, keys: Option<&StaticKeys>, timeout: Duration) -> Res
     Ok(match spec.kind {
         SourceKind::File => {
             let file = Arc::new(File::new(spec));
-            Raw { backend: file.clone(), tree: Some(file), objects: None }
+            Raw { backend: file.clone(), tree: Some(file), objects: None, signer: None }
         }
         SourceKind::Nfs => {
             let nfs = Arc::new(Nfs::new(spec, timeout)?);
-            Raw { backend: nfs.clone(), tree: Some(nfs), objects: None }
+            Raw { backend: nfs.clone(), tree: Some(nfs), objects: None, signer: None }
         }
         SourceKind::Oss | SourceKind::S3 => {
             let store = Arc::new(object::connect(spec, keys)?);
-            Raw { backend: store.clone(), tree: None, objects: Some(store) }
+            let signer = Some(store.signer());
+            Raw { backend: store.clone(), tree: None, objects: Some(store), signer }
         }
     })
 }

@@ -256,7 +256,7 @@ impl Conn {
                 other => looked_up = Some(other),
             },
             Message::Read(_) | Message::ReadMany(_) | Message::Attach(_) | Message::List(_) => {}
-            Message::Manage(_) | Message::CacheStat(_) | Message::EvictAll(_) => {}
+            Message::Manage(_) | Message::CacheStat(_) | Message::EvictAll(_) | Message::Resize(_) => {}
             Message::Touched(t) => {
                 self.server.service().touched(&t.touches);
                 return Ok(());
@@ -302,6 +302,14 @@ impl Conn {
             Message::CacheStat(_) => to.message(service.cache_stats().await).await,
             Message::EvictAll(_) => {
                 service.evict_all().await;
+                to.message(service.cache_stats().await).await
+            }
+            Message::Resize(r) => {
+                if !self.own_user {
+                    let text = "the sizes of a worker's tiers are changed through its unix socket only";
+                    return Err(Error::new(Kind::PermissionDenied, text));
+                }
+                service.resize(r).await?;
                 to.message(service.cache_stats().await).await
             }
             m => Err(Error::new(Kind::Invalid, "not a request").with("message", m.name())),

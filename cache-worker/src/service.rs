@@ -424,6 +424,12 @@ impl Service {
         }
     }
 
+    pub(crate) async fn resize(&self, r: data::Resize) -> Result<()> {
+        let store = self.store.clone();
+        let given = |bytes| (bytes > 0).then_some(bytes);
+        blocking(move || store.resize(given(r.memory_bytes), given(r.disk_bytes))).await?
+    }
+
     pub(crate) async fn cache_stats(&self) -> data::CacheStats {
         let store = self.store.clone();
         let stats = blocking(move || store.stats()).await.unwrap_or_default();

@@ -23,6 +23,7 @@ use crate::wire::{Answers, Connection, Identity, unexpected};
 use bytes::{Bytes, BytesMut};
 use efc_common::block::block_of;
 use efc_common::checksum::crc32c;
+use efc_common::error::Context as _;
 use efc_common::id::{ContentId, SourceId, WorkerId};
 use efc_common::metrics::counter;
 use efc_common::node::Entry;
@@ -186,6 +187,11 @@ impl Peers {
         Peers { inner: Arc::new(Inner { ring, source: id, options, pool, places, tell: Once::new(), tasks }) }
     }
 
+    /// From now on the workers ask the origin with these credentials: `source` is the same but for its secret.
+    pub fn replace_keys(&self, source: SourceSpec, keys: Option<StaticKeys>) {
+        self.inner.pool.replace_keys(source, keys);
+    }
+
     /// The bytes of `range` of `content` if they are in the memory of a worker on this host and were read before: no message, no
     /// waiting but for the copy. Verified like all others.
     pub fn read_here(&self, content: ContentId, range: &Range<u64>) -> Option<Vec<Bytes>> {
@@ -277,6 +283,15 @@ impl Peers {
     /// Drops at every worker all that is not pinned, and returns the counters after it.
     pub async fn evict_all(&self) -> Vec<(WorkerId, Result<data::CacheStats>)> {
         self.stats_of(data::EvictAll {}.into()).await
+    }
+
+    /// Gives the tiers of all workers other sizes, bytes (0: as they are). Taken by workers of this host and user only.
+    ///
+    /// # Errors
+    /// What a worker said against it, or that it does not answer.
+    pub async fn resize(&self, memory_bytes: u64, disk_bytes: u64) -> Result<()> {
+        let answers = self.stats_of(data::Resize { memory_bytes, disk_bytes }.into()).await;
+        answers.into_iter().try_for_each(|(id, said)| said.map(|_| ()).context(format!("worker {}", id.0)))
     }
 
     async fn stats_of(&self, message: Message) -> Vec<(WorkerId, Result<data::CacheStats>)> {

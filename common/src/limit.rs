@@ -13,7 +13,7 @@ const UNIT: u64 = 4096;
 #[derive(Debug, Clone)]
 pub struct ByteBudget {
     slots: Arc<Semaphore>,
-    total: u64,
+    total: Arc<AtomicU64>,
     waits: Arc<AtomicU64>,
 }
 
@@ -34,13 +34,31 @@ impl Hold {
 impl ByteBudget {
     /// A budget of `total` bytes (at least one unit of 4 KiB).
     pub fn new(total: u64) -> Self {
-        let units = (total / UNIT).clamp(1, u32::MAX as u64);
-        ByteBudget { slots: Arc::new(Semaphore::new(units as usize)), total: units * UNIT, waits: Arc::default() }
+        let units = units_of(total);
+        let total = Arc::new(AtomicU64::new(units * UNIT));
+        ByteBudget { slots: Arc::new(Semaphore::new(units as usize)), total, waits: Arc::default() }
+    }
+
+    /// Makes it a budget of `total` bytes. What is held beyond that is given back as its holders come to it; until then nobody gets more. Whoever waits in line at this moment must
+    /// want no more than the new total. Runs inside a tokio runtime.
+    pub fn resize(&self, total: u64) {
+        let units = units_of(total);
+        let before = self.total.swap(units * UNIT, Relaxed) / UNIT;
+        if units >= before {
+            return self.slots.add_permits((units - before) as usize);
+        }
+        let (slots, taken) = (self.slots.clone(), (before - units) as u32);
+        tokio::spawn(async move {
+            match slots.acquire_many_owned(taken).await {
+                Ok(permits) => permits.forget(),
+                Err(_) => unreachable!("a ByteBudget's semaphore is never closed"),
+            }
+        });
     }
 
     fn units(&self, bytes: u64) -> u32 {
         // A single request larger than the whole budget may run alone rather than wait for ever.
-        bytes.div_ceil(UNIT).clamp(1, self.total / UNIT) as u32
+        bytes.div_ceil(UNIT).clamp(1, self.total() / UNIT) as u32
     }
 
     /// Waits until `bytes` are free and holds them.
@@ -63,18 +81,22 @@ impl ByteBudget {
 
     /// The whole budget, bytes.
     pub fn total(&self) -> u64 {
-        self.total
+        self.total.load(Relaxed)
     }
 
     /// Bytes held now.
     pub fn used(&self) -> u64 {
-        self.total - self.slots.available_permits() as u64 * UNIT
+        self.total().saturating_sub(self.slots.available_permits() as u64 * UNIT)
     }
 
     /// How often a caller had to wait.
     pub fn waits(&self) -> u64 {
         self.waits.load(Relaxed)
     }
+}
+
+fn units_of(total: u64) -> u64 {
+    (total / UNIT).clamp(1, u32::MAX as u64)
 }
 
 /// A token bucket: `rate` units a second with a burst of one second's worth. A rate of 0 means no limit.
@@ -134,6 +156,28 @@ mod tests {
         let b = ByteBudget::new(8192);
         let h = b.hold(1 << 30).await;
         assert_eq!((h.bytes(), b.used()), (1 << 30, 8192));
+    }
+
+    #[tokio::test]
+    async fn a_budget_grows_at_once_and_shrinks_as_bytes_return() {
+        let b = ByteBudget::new(1 << 20);
+        let (first, second) = (b.hold(512 << 10).await, b.hold(512 << 10).await);
+        b.resize(256 << 10);
+        tokio::task::yield_now().await;
+        assert_eq!((b.total(), b.used()), (256 << 10, 256 << 10));
+        drop(first);
+        tokio::task::yield_now().await;
+        assert!(b.try_hold(4096).is_none(), "256 KiB are owed still");
+        drop(second);
+        tokio::task::yield_now().await;
+        assert_eq!(b.used(), 0);
+        let whole = b.hold(1 << 20).await;
+        assert_eq!(b.used(), 256 << 10);
+        b.resize(1 << 20);
+        assert_eq!((b.total(), b.used()), (1 << 20, 256 << 10));
+        let rest = b.try_hold(768 << 10).expect("the rest is free");
+        drop((whole, rest));
+        assert_eq!(b.used(), 0);
     }
 
     #[tokio::test(start_paused = true)]

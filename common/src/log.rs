@@ -83,6 +83,14 @@ where
     SET_FILTER.set(Box::new(set)).map_err(|_| twice())
 }
 
+/// Is it a filter?
+///
+/// # Errors
+/// [`Kind::Invalid`] that says what is not.
+pub fn check_level(level: &str) -> Result<()> {
+    filter(level).map(|_| ())
+}
+
 /// Logs by another filter from now on.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! The mount's link to its cluster: masters, ring, workers, and the session that tells the masters that this mount lives.
 
-use crate::embedded::{Embedded, EmbeddedConfig, Orphaned, default_data_dir};
+use crate::embedded::{Embedded, EmbeddedConfig, Orphaned, Sizes, default_data_dir};
 use crate::holder::Held;
 use crate::options::MountOptions;
 use efc_client::lease::Who;
@@ -99,9 +99,17 @@ impl ClusterLink {
             me,
             PeersOptions { places, cache: what.cache, ..Default::default() },
         );
+        if let Some(embedded) = &embedded {
+            fit(&peers, embedded.sizes.get()).await;
+        }
         let client = format!("{host}:{}:{}", std::process::id(), mountpoint.display());
         let who = Who { client, dataset: what.session.clone() };
         Ok(ClusterLink { ring, peers, master, who, embedded })
+    }
+
+    /// Sizes of the embedded worker, if there is one.
+    pub fn sizes(&self) -> Option<Arc<Sizes>> {
+        self.embedded.as_ref().map(|e| e.sizes.clone())
     }
 
     /// Tells the masters that this mount lives, where leases do not do that.
@@ -113,6 +121,22 @@ impl ClusterLink {
     pub async fn stop(self) {
         if let Some(embedded) = self.embedded {
             embedded.stop().await;
+        }
+    }
+}
+
+/// Has a worker of a predecessor take the sizes of its tiers that this mount has by now, bytes. A worker of another version is asked only if they differ.
+async fn fit(peers: &Peers, (memory, disk): (u64, u64)) {
+    for (id, stats) in peers.cache_stat().await {
+        let capacity = |is_memory: bool| {
+            let all = stats.iter().flat_map(|s| &s.tiers).filter(|t| (t.name == "memory") == is_memory);
+            all.map(|t| t.capacity).sum::<u64>()
+        };
+        if stats.is_err() || (capacity(true), capacity(false)) == (memory, disk) {
+            continue;
+        }
+        if let Err(e) = peers.resize(memory, disk).await {
+            warn!(worker = id.0, error = %e, "the embedded worker keeps its sizes");
         }
     }
 }

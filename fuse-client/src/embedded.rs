@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -45,6 +46,48 @@ pub struct EmbeddedConfig {
     pub log_level: String,
 }
 
+/// Sizes of the worker's tiers.
+#[derive(Debug)]
+pub struct Sizes {
+    /// Bytes.
+    memory: AtomicU64,
+    /// Directory and quota, bytes.
+    disk: Option<(PathBuf, AtomicU64)>,
+}
+
+impl Sizes {
+    fn new(config: &EmbeddedConfig) -> Sizes {
+        let disk = config.disk.clone().map(|(dir, quota)| (dir, AtomicU64::new(quota)));
+        Sizes { memory: AtomicU64::new(config.cache_memory_bytes), disk }
+    }
+
+    /// Is there a disk tier?
+    pub fn has_disk(&self) -> bool {
+        self.disk.is_some()
+    }
+
+    /// What a worker is to have that is started from now on, bytes (0: as it is).
+    pub fn set(&self, memory: u64, disk: u64) {
+        if memory > 0 {
+            self.memory.store(memory, Relaxed);
+        }
+        if let (Some((_, quota)), true) = (&self.disk, disk > 0) {
+            quota.store(disk, Relaxed);
+        }
+    }
+
+    /// Those of memory and disk, bytes (0: there is none).
+    pub fn get(&self) -> (u64, u64) {
+        (self.memory.load(Relaxed), self.disk.as_ref().map_or(0, |(_, quota)| quota.load(Relaxed)))
+    }
+
+    fn args(&self) -> Vec<String> {
+        let (memory, quota) = self.get();
+        let disk = self.disk.iter().flat_map(|(dir, _)| ["--disk".into(), format!("{}:{quota}", dir.display())]);
+        ["--memory".into(), memory.to_string()].into_iter().chain(disk).collect()
+    }
+}
+
 /// A running embedded cluster.
 pub struct Embedded {
     /// Address of its master.
@@ -52,6 +95,8 @@ pub struct Embedded {
     master_task: TaskGroup,
     worker_task: TaskGroup,
     kept: Arc<Kept>,
+    /// Those of its worker.
+    pub sizes: Arc<Sizes>,
 }
 
 /// An embedded cluster whose mount process is gone.
@@ -216,7 +261,8 @@ impl Embedded {
         let mut args: Vec<String> = vec!["--node-id".into(), "1".into(), "--listen".into(), listen.into()];
         args.extend(["--http".into(), "127.0.0.1:0".into(), "--data-dir".into(), arg(&dir.join("master"))]);
         args.extend(log("master.log"));
-        let mut master = Supervised { name: "efc-master", args, log: dir.join("master.log"), kept: kept.clone() };
+        let mut master =
+            Supervised { name: "efc-master", args, log: dir.join("master.log"), kept: kept.clone(), sizes: None };
         let process = match Process::find("efc-master", before.master_pid, dir) {
             Some(found) => found,
             None => {
@@ -236,12 +282,10 @@ impl Embedded {
         let mut args: Vec<String> = vec!["--id".into(), "embedded".into(), "--master".into(), address.clone()];
         args.extend(["--listen".into(), "127.0.0.1:0".into(), "--http".into(), "127.0.0.1:0".into()]);
         args.extend(["--unix".into(), arg(&dir.join("worker.sock"))]);
-        args.extend(["--memory".into(), config.cache_memory_bytes.to_string()]);
-        if let Some((path, quota)) = &config.disk {
-            args.extend(["--disk".into(), format!("{}:{quota}", path.display())]);
-        }
         args.extend(log("worker.log"));
-        let worker = Supervised { name: "efc-worker", args, log: dir.join("worker.log"), kept: kept.clone() };
+        let sizes = Arc::new(Sizes::new(config));
+        let (log, kept_too, of_tiers) = (dir.join("worker.log"), kept.clone(), Some(sizes.clone()));
+        let worker = Supervised { name: "efc-worker", args, log, kept: kept_too, sizes: of_tiers };
         let process = match Process::find("efc-worker", before.worker_pid, dir) {
             Some(found) => found,
             None => worker.spawn().await?.0,
@@ -250,7 +294,7 @@ impl Embedded {
         worker.supervise(&worker_task, process);
         kept.keep()?;
         info!(master = address, data_dir = %dir.display(), "embedded cluster is up");
-        Ok(Embedded { master: address, master_task, worker_task, kept })
+        Ok(Embedded { master: address, master_task, worker_task, kept, sizes })
     }
 
     /// Stops both children in good order: the worker says goodbye to a master that still listens. A successor begins with others.
@@ -291,6 +335,8 @@ struct Supervised {
     args: Vec<String>,
     log: PathBuf,
     kept: Arc<Kept>,
+    /// Of the worker: with those of the moment it is started.
+    sizes: Option<Arc<Sizes>>,
 }
 
 impl Supervised {
@@ -300,6 +346,7 @@ impl Supervised {
         let stderr = File::options().create(true).append(true).open(&self.log)?;
         let mut child = Command::new(&path)
             .args(&self.args)
+            .args(self.sizes.iter().flat_map(|s| s.args()))
             .arg("--lifeline")
             .stdin(self.kept.input.try_clone()?)
             .stdout(Stdio::piped())

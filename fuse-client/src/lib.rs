@@ -2,7 +2,7 @@
 //!
 //! Rooms: [`kernel`] speaks to /dev/fuse, [`fs`] has one function per operation, [`namespace`] the nodes and directories, [`read`] the
 //! bytes, [`lease`] what may be believed and changed; [`process`] puts them together, [`cluster`] links it to masters and workers, [`embedded`] starts a cluster of one for a mount
-//! without masters, [`holder`] replaces a mount process that dies, [`control`] and [`tell`] answer questions, [`cli`] is the command line.
+//! without masters, [`holder`] replaces a mount process that dies, [`control`] and [`tell`] answer questions, `live` takes options over, [`cli`] is the command line.
 
 pub mod cli;
 pub mod cluster;
@@ -13,6 +13,7 @@ pub mod holder;
 pub mod journal;
 pub mod kernel;
 pub mod lease;
+mod live;
 mod lock;
 pub mod namespace;
 pub mod options;

@@ -1,6 +1,7 @@
 //! Mount options: one table that `--help`, the parser and the error for an unknown option all read.
 
 use crate::fs::attr::Ownership;
+use efc_common::error::Context as _;
 use efc_common::policy::Consistency;
 use efc_common::source::{self, SecretRef, StaticKeys};
 use efc_common::units::{parse_bytes, parse_duration, show_bytes};
@@ -76,7 +77,17 @@ after SECONDS (60). ttl (default with ro, 60): any change is seen after that tim
 ];
 
 /// Those that a mount can take over while it serves.
-pub const LIVE: [&str; 3] = ["readahead", "read_deadline", "log_level"];
+pub const LIVE: [&str; 9] = [
+    "readahead",
+    "read_deadline",
+    "log_level",
+    "memory",
+    "staging_size",
+    "cache_memory",
+    "cache_size",
+    "secret",
+    "passwd_file",
+];
 
 /// Checks `-o` texts that a mount is to take over while it serves.
 ///
@@ -144,6 +155,7 @@ pub struct MountOptions {
     pub secret: SecretRef,
     /// Literal keys.
     pub keys: Option<StaticKeys>,
+    passwd_file: Option<String>,
     /// Never go to the origin past the workers.
     pub workers_only: bool,
     /// Options of the source.
@@ -187,10 +199,12 @@ fn text(name: String, value: Option<String>) -> String {
     }
 }
 
-/// Puts the options in `new` at the end of `all`, in which each text is one option, without those of these names that were there.
+/// Puts the options in `new` at the end of `all`, in which each text is one option, without those of these names that were there. There is one place from which credentials come.
 pub fn replace(all: &mut Vec<String>, new: &[String]) {
+    const CREDENTIALS: [&str; 2] = ["secret", "passwd_file"];
     for (name, value) in split(new) {
-        *all = all_but(all, &name);
+        let replaced = if CREDENTIALS.contains(&name.as_str()) { &CREDENTIALS[..] } else { &[name.as_str()] };
+        replaced.iter().for_each(|name| *all = all_but(all, name));
         all.push(text(name, value));
     }
 }
@@ -230,6 +244,7 @@ impl MountOptions {
             threads: std::thread::available_parallelism().map_or(4, |n| n.get()).clamp(2, 16),
             secret: SecretRef::Env,
             keys: None,
+            passwd_file: None,
             workers_only: false,
             failover: true,
             subpath: None,
@@ -238,6 +253,9 @@ impl MountOptions {
         };
         for (name, value) in split(texts) {
             m.set(&name, value)?;
+        }
+        if let (SecretRef::Keys, Some(path)) = (&m.secret, &m.passwd_file) {
+            m.keys = Some(read_passwd(path).context("option `passwd_file`")?);
         }
         m.check()?;
         Ok(m)
@@ -320,11 +338,14 @@ impl MountOptions {
             "staging_size" => self.staging_bytes = parse_bytes(v)?,
             "readahead" => self.readahead_bytes = parse_bytes(v)?,
             "read_deadline" => self.read_deadline = parse_duration(v)?,
-            "log_level" => self.log_level = Some(v.into()),
+            "log_level" => {
+                efc_common::log::check_level(v)?;
+                self.log_level = Some(v.into());
+            }
             "threads" => self.threads = number()? as usize,
             "secret" => self.secret = v.parse()?,
             "passwd_file" => {
-                self.keys = Some(read_passwd(v)?);
+                self.passwd_file = Some(v.into());
                 self.secret = SecretRef::Keys;
             }
             _ => unreachable!("every option of the table that takes a value has an arm"),
@@ -423,6 +444,9 @@ mod tests {
         assert_eq!(all, ["readahead=1", "log_level=info\\,h2=trace", "ro"]);
         replace(&mut all, &["log_level=warn".into(), "ro".into()]);
         assert_eq!(all, ["readahead=1", "log_level=warn", "ro"]);
+        replace(&mut all, &["passwd_file=/a".into()]);
+        replace(&mut all, &["secret=dir:/b".into()]);
+        assert_eq!(all[3..], ["secret=dir:/b"]);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::holder::line::Item;
 use crate::holder::{Held, Left, Wish};
 use crate::journal::{self, Journal};
 use crate::kernel::{Ended, InitRecord, Mount, MountConfig, Outcomes, Session, SessionConfig, adopt, serve};
+use crate::live::{Live, Shares};
 use crate::lock::LocksLeft;
 use crate::namespace::{Namespace, Nodes};
 use crate::options::MountOptions;
@@ -41,10 +42,6 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
-/// Share of the process budget that listings may take: one part of so many.
-const LISTING_SHARE: u64 = 4;
-/// Share that files may take that are being written to an object store.
-const STAGING_SHARE: u64 = 4;
 /// How long requests that are under way may take when another program is to serve the mount; what takes longer is done again by that.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 /// How long tasks of the mount may take to end.
@@ -130,14 +127,14 @@ pub fn preflight(args: &MountArgs, options: &MountOptions) -> Result<()> {
 }
 
 /// The source with everything that was looked up for it.
-struct Resolved {
-    mounted: Mounted,
+pub(crate) struct Resolved {
+    pub(crate) mounted: Mounted,
     consistency: Consistency,
     /// As people named it.
     shown: String,
 }
 
-async fn resolve(args: &MountArgs, options: &MountOptions) -> Result<Resolved> {
+pub(crate) async fn resolve(args: &MountArgs, options: &MountOptions) -> Result<Resolved> {
     let (spec, offered, cache, session) = match parse_source(&args.source, options)? {
         SourceArg::Store(spec) => (spec.clone(), None, CachePolicy::default(), spec.url()),
         SourceArg::Dataset { name, path } => {
@@ -211,6 +208,7 @@ impl Process {
         }
         let mut left = held.as_ref().map(|h| h.left_behind()).transpose()?.flatten();
         let inherited = left.as_ref().map(|l| journal::read(&l.nodes)).transpose()?;
+        let signer = origin.signer.clone();
         let Origin { backend, tree, drafts } = if options.read_write {
             let before = left.as_ref().and_then(|l| l.staging.as_ref()).zip(inherited.as_ref());
             writable(origin, &root, &options, ttl, before, &tasks)?
@@ -253,15 +251,15 @@ impl Process {
         };
         let session_before = left.as_ref().and_then(|l| l.session.as_deref()).map(session_from).transpose()?;
         let locks = inherited.iter().flat_map(|s| &s.locks).map(LocksLeft::new).collect::<Result<_>>()?;
-        let listing_bytes = options.memory_bytes / LISTING_SHARE;
-        let staged_bytes = if tree.is_some() { options.memory_bytes / STAGING_SHARE } else { 0 };
-        let budget = ByteBudget::new(options.memory_bytes - listing_bytes - staged_bytes);
+        let shares = Shares::of(options.memory_bytes, drafts.is_some());
+        let budget = ByteBudget::new(shares.read);
+        let live = Live::new(args, drafts, budget.clone(), cluster.peers.clone(), signer, cluster.sizes());
         let read = ReadConfig { readahead_bytes: options.readahead_bytes, deadline: options.read_deadline };
         let fs = Arc::new(EfcFs::new(
             Parts {
                 namespace: namespace.clone(),
                 source: data.clone(),
-                directories: Directories::new(data.clone(), tree.clone(), listing_bytes, ttl),
+                directories: Directories::new(data.clone(), tree.clone(), shares.listings, ttl),
                 reader: Reader::new(data.clone(), budget.clone(), tasks.clone(), read),
                 tree,
                 ownership: options.ownership.clone(),
@@ -313,6 +311,7 @@ impl Process {
             namespace: namespace.clone(),
             fs: fs.clone(),
             budget,
+            live,
             ttl,
             ring: cluster.ring.clone(),
             held: held.clone(),
@@ -487,7 +486,7 @@ fn writable(
     };
     let default = || options.data_dir.as_ref().map_or_else(|| "/var/tmp/efc".into(), |d| d.join("staging"));
     let dir = options.staging.clone().unwrap_or_else(default);
-    let (memory, disk) = (options.memory_bytes / STAGING_SHARE, options.staging_bytes);
+    let (memory, disk) = (Shares::of(options.memory_bytes, true).staged, options.staging_bytes);
     let space = match before {
         Some((file, state)) => {
             let used = state.drafts.iter().filter_map(|d| d.slot).collect();

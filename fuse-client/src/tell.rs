@@ -4,8 +4,8 @@ use crate::control::{Handler, Request};
 use crate::fs::EfcFs;
 use crate::holder::Held;
 use crate::holder::line::Upgrade;
+use crate::live::Live;
 use crate::namespace::Namespace;
-use crate::options;
 use crate::read::source::DataSource;
 use crate::stats::{Stats, WorkerStats};
 use crate::upgrade::{self, Agreed};
@@ -17,7 +17,7 @@ use efc_common::limit::ByteBudget;
 use efc_common::metrics::{PrometheusHandle, counter, gauge};
 use efc_common::node::Node;
 use efc_common::task::TaskGroup;
-use efc_common::{Error, Kind, Result, log};
+use efc_common::{Error, Kind, Result};
 use futures::future::BoxFuture;
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -48,6 +48,8 @@ pub struct Teller {
     pub fs: Arc<EfcFs>,
     /// The process budget.
     pub budget: ByteBudget,
+    /// Options that may change.
+    pub live: Live,
     /// How long names may be believed.
     pub ttl: Duration,
     /// The ring.
@@ -100,24 +102,12 @@ impl Teller {
         stats
     }
 
-    /// Takes options over at once, all or none, and has successors begin with them.
+    /// Takes options over at once, and has successors begin with them.
     ///
     /// # Errors
-    /// As [`options::check_live`]; when the holder cannot be told, after they were taken over.
-    pub fn set(&self, texts: Vec<String>) -> Result<()> {
-        let new = options::check_live(&texts)?;
-        if let Some(level) = &new.log_level {
-            log::set_level(level)?;
-        }
-        let is_set = |name| texts.iter().any(|t| t.starts_with(&format!("{name}=")));
-        self.fs.reader().configure(|c| {
-            if is_set("readahead") {
-                c.readahead_bytes = new.readahead_bytes;
-            }
-            if is_set("read_deadline") {
-                c.deadline = new.read_deadline;
-            }
-        });
+    /// As [`Live::set`]; when the holder cannot be told, after they were taken over.
+    pub async fn set(&self, texts: Vec<String>) -> Result<()> {
+        self.live.set(&texts, &self.fs).await?;
         info!(options = texts.join(","), "options are taken over");
         self.held.as_ref().map_or(Ok(()), |held| held.set_options(texts))
     }
@@ -201,7 +191,7 @@ impl Handler for Teller {
                     "uptime_s": self.started.elapsed().as_secs(),
                     "version": env!("CARGO_PKG_VERSION"),
                 }),
-                Request::Set { options } => match self.set(options) {
+                Request::Set { options } => match self.set(options).await {
                     Ok(()) => json!({ "set": true }),
                     Err(e) => json!({ "error": e.to_string() }),
                 },

@@ -75,6 +75,7 @@ messages! {
     13 EvictAll: "Drops all that is not pinned.";
     14 Fail: "The request, or one item of it, failed.";
     15 Touched: "What the client read in shared memory; not answered.";
+    16 Resize: "Gives the tiers other sizes.";
 }
 
 /// A frame in memory.

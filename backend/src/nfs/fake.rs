@@ -489,7 +489,7 @@ async fn what_another_process_wrote_is_committed_once() {
     before.write(0, Bytes::from(pattern(0, 5000))).await.expect("write");
     let limits = Settings { timeout: TIMEOUT, deadline: 5 * TIMEOUT, request_rate: 0, bandwidth: 0 };
     let nfs = Arc::new(server.client(&[]));
-    let raw = Raw { backend: nfs.clone(), tree: Some(nfs), objects: None };
+    let raw = Raw { backend: nfs.clone(), tree: Some(nfs), objects: None, signer: None };
     let tree = stack(raw, "nfs".into(), &limits).tree.expect("a tree");
     // What it is asked from now on.
     let asked = || std::mem::take(&mut disk.lock().log).iter().map(|call| call.0).collect::<Vec<_>>();

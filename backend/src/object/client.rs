@@ -12,7 +12,7 @@
 
 use super::body::{Pieces, Progress, total};
 use super::credentials::{Credentials, Held};
-use super::error::{self, About};
+use super::error::{self, About, Label};
 use super::sign::{self, Signature, Target};
 use bytes::Bytes;
 use efc_common::source::{SourceKind, SourceSpec};
@@ -27,6 +27,7 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client as Engine;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioTimer;
+use parking_lot::RwLock;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use std::fmt::{self, Display};
@@ -103,7 +104,8 @@ pub(crate) struct Client {
     engine: Engine<HttpsConnector<HttpConnector>, Pieces>,
     tasks: TaskGroup,
     signature: Signature,
-    credentials: Credentials,
+    /// Replaced by others while requests are under way: each goes on with those that it began with.
+    credentials: RwLock<Arc<Credentials>>,
     /// `http://host[:port]`, the host with the bucket unless path style.
     base: String,
     host: String,
@@ -172,14 +174,14 @@ impl Client {
         let about = About {
             bucket: spec.bucket.clone(),
             endpoint: spec.endpoint.clone(),
-            credentials: credentials.label().to_string(),
+            credentials: Label::new(credentials.label()),
         };
         let signature = signature(spec, dialect, service)?;
         Ok(Client {
             engine,
             tasks,
             signature,
-            credentials,
+            credentials: RwLock::new(Arc::new(credentials)),
             base,
             host: without_default_port(&host, scheme),
             path_style,
@@ -196,9 +198,16 @@ impl Client {
         self.dialect == Dialect::S3 && (host.ends_with(".amazonaws.com") || host.ends_with(".amazonaws.com.cn"))
     }
 
+    /// From now on requests are signed with these.
+    pub(crate) fn replace_credentials(&self, credentials: Credentials) {
+        self.about.credentials.replace(credentials.label());
+        *self.credentials.write() = Arc::new(credentials);
+    }
+
     /// Sends `call` once. Answers with status 2xx come back as they are, with their body still to be read.
     pub(crate) async fn send(&self, call: &Call<'_>) -> Result<Response<Incoming>> {
-        let held = self.credentials.get().await?;
+        let credentials = self.credentials.read().clone();
+        let held = credentials.get().await?;
         let payload = match held {
             Some(_) => self.payload(call.body).await?,
             None => String::new(),
@@ -224,7 +233,7 @@ impl Client {
         let body = self.collect(body, ERROR_BYTES_MAX).await.unwrap_or_default();
         let (error, document) = error::refused(&self.about, head.status, &head.headers, &body);
         let renewed = match &held {
-            Some(held) if document.wants_fresh_credentials() => self.credentials.refused(held),
+            Some(held) if document.wants_fresh_credentials() => credentials.refused(held),
             _ => false,
         };
         Err(if renewed { error.with_retry(Retry::Later) } else { error })

@@ -4,17 +4,39 @@
 use super::list::{Element, each_element};
 use efc_common::{Error, Kind, Retry};
 use http::{HeaderMap, StatusCode};
+use parking_lot::RwLock;
+use std::fmt;
 use std::time::SystemTime;
 
 /// Where requests go and as whom: what error messages name.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct About {
     /// Bucket.
     pub(crate) bucket: String,
     /// `http[s]://host[:port]`.
     pub(crate) endpoint: String,
     /// Where the credentials come from, without any secret.
-    pub(crate) credentials: String,
+    pub(crate) credentials: Label,
+}
+
+/// A text that may change.
+#[derive(Debug)]
+pub(crate) struct Label(RwLock<String>);
+
+impl Label {
+    pub(crate) fn new(text: impl Into<String>) -> Label {
+        Label(RwLock::new(text.into()))
+    }
+
+    pub(crate) fn replace(&self, text: impl Into<String>) {
+        *self.0.write() = text.into();
+    }
+}
+
+impl fmt::Display for Label {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.read())
+    }
 }
 
 /// The fields of an error document that we use.
@@ -255,7 +277,7 @@ mod tests {
     use super::*;
 
     fn about() -> About {
-        About { bucket: "b".into(), endpoint: "http://h".into(), credentials: "env".into() }
+        About { bucket: "b".into(), endpoint: "http://h".into(), credentials: Label::new("env") }
     }
 
     fn answer(status: u16, body: &str) -> Error {

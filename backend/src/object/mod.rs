@@ -61,6 +61,28 @@ pub struct ObjectBackend {
     conditions: tokio::sync::OnceCell<probe::Conditions>,
 }
 
+/// What the requests to one store are signed with; may be replaced while it serves.
+#[derive(Clone)]
+pub struct Signer(Arc<Client>);
+
+impl Signer {
+    /// From now on requests are signed with the credentials that `spec` refers to; `keys` as for [`connect`]. Requests under way end with those of before. Sends nothing.
+    ///
+    /// # Errors
+    /// As [`connect`].
+    pub fn replace(&self, spec: &SourceSpec, keys: Option<&StaticKeys>) -> Result<()> {
+        self.0.replace_credentials(Credentials::new(spec, keys)?);
+        Ok(())
+    }
+}
+
+impl ObjectBackend {
+    /// What its requests are signed with.
+    pub fn signer(&self) -> Signer {
+        Signer(self.client.clone())
+    }
+}
+
 /// Makes the backend of an `oss://` or `s3://` source. No network I/O; must run inside a tokio runtime only once requests are sent.
 /// `keys`: literal keys that came beside the source ([`efc_common::source::SecretRef::Keys`], or `Env` read by the mounting process).
 ///

@@ -242,6 +242,26 @@ impl Store {
         Ok(Arc::new(Store { tiers, writer, ttl: config.ttl }))
     }
 
+    /// Gives the memory tier and the disk other quotas, in bytes (`None`: as it is). May block for the time that it takes to free what is too much.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] for a tier that is not there, is not the only disk, or cannot be of that size; then nothing has changed.
+    pub fn resize(&self, memory: Option<u64>, disk: Option<u64>) -> Result<()> {
+        let none = |what: &str| Error::new(Kind::Invalid, format!("the worker has no {what} whose size could change"));
+        let mut all = Vec::new();
+        if let Some(quota) = memory {
+            check_quota("memory", quota)?;
+            all.push((self.tiers.memory.as_ref().ok_or_else(|| none("memory tier"))?, quota));
+        }
+        if let Some(quota) = disk {
+            check_quota("disk", quota)?;
+            let [tier] = &self.tiers.disks[..] else { return Err(none("single disk")) };
+            all.push((tier, quota));
+        }
+        all.into_iter().for_each(|(tier, quota)| tier.resize(quota));
+        Ok(())
+    }
+
     /// Finds a segment: table work only. Counts a hit or a miss (`efc_cache_requests_total`); a disk hit that comes again is
     /// copied up to memory in the background.
     pub fn get(&self, key: &SegmentKey) -> Option<Segment> {

@@ -23,9 +23,11 @@ use super::table::cost;
 use super::whole::WholeFile;
 use super::{Clock, DiskTier, MemoryTier, check_quota};
 
-/// Shares a memory tier of `quota` bytes: there are never more slots than pages.
+/// Shares a memory tier of `quota` bytes, which may grow up to the memory of this machine: there are never more slots than pages. Seals that are not used cost nothing.
 fn share(data: &File, whole: Option<&WholeFile>, quota: u64) -> Result<Share> {
-    let slots = (quota / 4096 + 1).min(SLOTS_MAX as u64) as u32;
+    let machine = rustix::system::sysinfo();
+    let most = quota.max(machine.totalram as u64 * machine.mem_unit as u64);
+    let slots = (most / 4096 + 1).min(SLOTS_MAX as u64) as u32;
     let (seals, seals_file) = Seals::create(slots * (1 + whole.is_some() as u32))?;
     let mut files = vec![read_only(data)?, seals_file];
     if let Some(whole) = whole {

@@ -15,7 +15,7 @@
 use std::fs::File;
 use std::io::IoSlice;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use efc_common::block::{GRANULES_PER_SEGMENT, SEGMENT_BYTES};
 use efc_common::id::{ContentId, SegmentKey};
@@ -57,7 +57,8 @@ pub(super) struct SlabSpec {
 pub(super) struct Slab {
     shared: Arc<Shared>,
     name: String,
-    quota: u64,
+    /// Changed under the lock of the state.
+    quota: AtomicU64,
     reserve: u64,
     index: Option<Index>,
     clock: Arc<Clock>,
@@ -99,7 +100,7 @@ impl Slab {
                 slab: weak.clone(),
             }),
             name: spec.name,
-            quota: spec.quota,
+            quota: AtomicU64::new(spec.quota),
             reserve: spec.reserve,
             index: spec.index,
             clock: spec.clock,
@@ -233,6 +234,46 @@ impl Slab {
         s.limit.saturating_sub(self.reserve + self.slot_bytes(s.free.charged(None) + INDEX_SLACK_SLOTS))
     }
 
+    /// Gives the tier another quota, in bytes. What is too much goes at once, but for what is pinned, or guarded and too much for limbo; that goes when it can.
+    pub(super) fn resize(&self, quota: u64) {
+        let mut out = Vec::new();
+        let mut guard = self.state.lock();
+        let s = &mut *guard;
+        self.quota.store(quota, Relaxed);
+        s.limit = quota;
+        s.policy.resize(quota.saturating_sub(self.reserve));
+        let limit = self.resident_limit(s);
+        // For nobody in particular.
+        let anybody = Candidate { hash: 0, cost: 0, full: true, trial: false };
+        while s.resident > limit && self.evict_one(s, anybody, &|_| true, &mut out) {}
+        drop(guard);
+        self.counters.removed(self.shared.tier, Removal::Capacity, out.len() as u64);
+        drop(out);
+        self.reclaim();
+    }
+
+    /// Evicts one of what `may_go` to make room for `c`. False if there is none.
+    fn evict_one(
+        &self,
+        s: &mut Table,
+        c: Candidate,
+        may_go: &dyn Fn(&Entry) -> bool,
+        out: &mut Vec<Arc<Entry>>,
+    ) -> bool {
+        let (slots, limbo) = (&s.slots, s.limbo);
+        let mut usable = |id: u32| {
+            let Some(e) = &slots[id as usize] else { return false };
+            may_go(e) && (Arc::strong_count(e) == 1 || limbo + cost(e.len) <= self.reserve)
+        };
+        let Some(id) = s.policy.victim(c, &mut usable) else { return false };
+        if let Some(entry) = s.slots[id as usize].take() {
+            s.map.remove(&entry.key);
+            s.forget(&entry);
+            out.push(entry);
+        }
+        true
+    }
+
     /// Evicts until `r` fits among the residents, and claims its room. `Ok(Some)` when the key is there already.
     fn claim(
         &self,
@@ -259,16 +300,9 @@ impl Slab {
             }
         }
         while s.resident + bytes > limit || s.map.len() >= SLOTS_MAX as usize {
-            let (slots, limbo) = (&s.slots, s.limbo);
-            let mut usable = |id: u32| {
-                let Some(e) = &slots[id as usize] else { return false };
-                may_go(e) && (Arc::strong_count(e) == 1 || limbo + cost(e.len) <= self.reserve)
-            };
-            let Some(id) = s.policy.victim(c, &mut usable) else { return Err(BypassReason::Busy) };
-            let Some(entry) = s.slots[id as usize].take() else { continue };
-            s.map.remove(&entry.key);
-            s.forget(&entry);
-            out.push(entry);
+            if !self.evict_one(s, c, may_go, out) {
+                return Err(BypassReason::Busy);
+            }
         }
         s.resident += bytes;
         Ok(None)
@@ -338,7 +372,7 @@ impl Slab {
         }
         s.link(entry.clone(), r.trial);
         // The room of a full file system comes back slowly, so that one failed write does not shrink the tier for good.
-        s.limit = (s.limit + cost(r.len) / 64).min(self.quota);
+        s.limit = (s.limit + cost(r.len) / 64).min(self.quota.load(Relaxed));
         Ok(entry)
     }
 
@@ -542,7 +576,7 @@ impl Slab {
         TierStats {
             tier: self.shared.tier,
             name: self.name.clone(),
-            capacity_bytes: self.quota,
+            capacity_bytes: self.quota.load(Relaxed),
             used_bytes: s.used + self.slot_bytes(s.free.charged(None)),
             segments: s.map.len() as u64,
             pinned_bytes: s.pinned,

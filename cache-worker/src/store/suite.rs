@@ -341,6 +341,8 @@ enum Op {
     Remove(u64),
     Pin(u64, bool),
     EvictAll,
+    /// To so many MiB.
+    Resize(u64),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -352,15 +354,44 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::Release),
         1 => n.clone().prop_map(Op::Remove),
         1 => (n, any::<bool>()).prop_map(|(n, p)| Op::Pin(n, p)),
+        1 => (5u64..9).prop_map(Op::Resize),
         1 => prop::bool::weighted(0.2).prop_map(|b| if b { Op::EvictAll } else { Op::Release }),
     ]
 }
 
+#[test]
+fn a_tier_takes_another_size_while_it_serves() {
+    for place in PLACES {
+        let dir = place.dir();
+        let config = place.config(dir.path(), 16 << 20);
+        let is_memory = config.memory.is_some();
+        let store = Store::open(config).expect("open");
+        let resize = |bytes: u64| store.resize(is_memory.then_some(bytes), (!is_memory).then_some(bytes));
+        let kept = || (0..200).filter(|n| store.get(&key(*n)).is_some_and(|s| is_right(&s, *n))).count();
+        (0..200).for_each(|n| drop(insert(&store, n)));
+        let before = kept();
+        resize(4 << 20).expect("smaller");
+        assert!(used(&store) <= 4 << 20, "{place:?}: {}", used(&store));
+        let small = kept();
+        assert!(small > 0 && small < before / 2, "{place:?}: {small} of {before}");
+        resize(64 << 20).expect("larger");
+        (0..200).for_each(|n| drop(insert(&store, n)));
+        assert_eq!(kept(), 200, "{place:?}");
+        // What makes no sense changes nothing.
+        assert!(resize(1 << 20).is_err_and(|e| e.is(Kind::Invalid)));
+        let other = store.resize((!is_memory).then_some(64 << 20), is_memory.then_some(64 << 20));
+        assert!(other.is_err_and(|e| e.is(Kind::Invalid) && e.message().contains("has no")));
+        assert_eq!((kept(), store.stats().tiers[0].capacity_bytes), (200, 64 << 20));
+    }
+}
+
 /// Runs operations against a store and a model that knows which keys may be there and which must.
 fn check_against_model(place: Place, policy: Policy, ops: Vec<Op>) -> std::result::Result<(), TestCaseError> {
-    const QUOTA: u64 = 5 << 20;
+    let mut quota: u64 = 5 << 20;
     let dir = place.dir();
-    let store = Store::open(StoreConfig { policy, ..place.config(dir.path(), QUOTA) }).expect("open");
+    let config = StoreConfig { policy, ..place.config(dir.path(), quota) };
+    let is_memory = config.memory.is_some();
+    let store = Store::open(config).expect("open");
     // true = pinned, so it must be there.
     let mut model: HashMap<u64, bool> = HashMap::new();
     let mut held: Vec<(u64, Segment)> = Vec::new();
@@ -408,8 +439,17 @@ fn check_against_model(place: Place, policy: Policy, ops: Vec<Op>) -> std::resul
                 store.evict_all();
                 model.retain(|_, pinned| *pinned);
             }
+            Op::Resize(mib) => {
+                quota = mib << 20;
+                // What is held may be more than the tier that shrinks.
+                held.clear();
+                store.resize(is_memory.then_some(quota), (!is_memory).then_some(quota)).expect("resize");
+                prop_assert_eq!(store.stats().tiers[0].capacity_bytes, quota);
+            }
         }
-        prop_assert!(used(&store) <= QUOTA, "over quota: {}", used(&store));
+        // What was pinned in a larger tier stays.
+        let most = quota.max(store.stats().tiers[0].pinned_bytes + (1 << 20));
+        prop_assert!(used(&store) <= most, "over quota: {}", used(&store));
     }
     prop_assert!(held.iter().all(|(n, s)| is_right(s, *n)));
     prop_assert!(model.iter().filter(|(_, p)| **p).all(|(n, _)| store.get(&key(*n)).is_some_and(|s| is_right(&s, *n))));

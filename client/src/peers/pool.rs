@@ -13,7 +13,7 @@ use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
@@ -28,8 +28,7 @@ const COOL_MAX: Duration = Duration::from_secs(10);
 
 /// What is needed to connect.
 struct Settings {
-    source: SourceSpec,
-    keys: Option<StaticKeys>,
+    source: RwLock<(SourceSpec, Option<StaticKeys>)>,
     me: Identity,
     options: PeersOptions,
     tasks: TaskGroup,
@@ -49,12 +48,19 @@ impl Pool {
         options: PeersOptions,
         tasks: TaskGroup,
     ) -> Self {
-        let settings = Arc::new(Settings { source, keys, me, options, tasks });
+        let settings = Arc::new(Settings { source: RwLock::new((source, keys)), me, options, tasks });
         Pool { settings, remotes: Mutex::default() }
     }
 
     pub(super) fn identity(&self) -> &Identity {
         &self.settings.me
+    }
+
+    /// From now on workers are told these credentials. Requests under way end with those of before.
+    pub(super) fn replace_keys(&self, source: SourceSpec, keys: Option<StaticKeys>) {
+        *self.settings.source.write() = (source, keys);
+        // Who is asked next gets a new connection, and with it the new ones.
+        self.remotes.lock().1.clear();
     }
 
     /// The worker `member` of `ring`. A member that moved to another address starts anew; those that left are forgotten.
@@ -187,9 +193,10 @@ async fn connect(
             },
             None => Connection::open(&tcp, &settings.me, limit).await?,
         };
-        let (source, keys, cache) = (&settings.source, settings.keys.as_ref(), settings.options.cache);
-        let id = conn.attach(SLOT, source, keys, cache, limit).await.context("attach source")?;
-        if id != settings.source.id() {
+        let (source, keys) = settings.source.read().clone();
+        let id =
+            conn.attach(SLOT, &source, keys.as_ref(), settings.options.cache, limit).await.context("attach source")?;
+        if id != source.id() {
             return Err(Error::new(Kind::Corrupt, "worker knows the source by another identity").with("worker", id));
         }
         Ok(conn)

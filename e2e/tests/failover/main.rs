@@ -2,6 +2,7 @@
 
 mod chaos;
 mod grown;
+mod live;
 mod load;
 mod read;
 mod upgrade;

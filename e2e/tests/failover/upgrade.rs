@@ -2,19 +2,17 @@
 
 use crate::load::PATIENCE;
 use crate::write::{rig, writers};
-use efc_e2e::{Cluster, Mount, WorkerSpec, program, wait_for, within};
+use efc_e2e::{Mount, program, wait_for};
 use efc_fuse::control::{self, Request};
-use efc_testkit::scratch;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::Duration;
 
 /// Runs `efc-fuse` with these arguments.
-fn efc_fuse(mount: &Mount, command: &str, args: &[&str]) -> Output {
+pub(super) fn efc_fuse(mount: &Mount, command: &str, args: &[&str]) -> Output {
     let mut run = Command::new("timeout");
     run.arg("60").arg(program("efc-fuse").expect("program")).arg(command).arg(&mount.path).args(args);
     run.output().expect("run")
@@ -34,7 +32,7 @@ pub(super) fn upgrade(mount: &Mount, program: &Path) {
     assert!(out.status.success(), "{out:?}");
 }
 
-fn history(mount: &Mount) -> Vec<Value> {
+pub(super) fn history(mount: &Mount) -> Vec<Value> {
     let out = efc_fuse(mount, "history", &["-o", "json"]);
     assert!(out.status.success(), "{out:?}");
     let said: Value = serde_json::from_slice(&out.stdout).expect("json");
@@ -163,65 +161,4 @@ fn an_upgrade_to_a_broken_program_leaves_the_old_one_serving() {
         "does not answer",
         "was not told what is kept",
     ]);
-}
-
-/// Options that are taken over while the mount serves, by its process and by those that come after it.
-#[test]
-fn options_are_set_while_the_mount_serves() {
-    let dir = scratch("options").expect("scratch");
-    let cluster =
-        Cluster::start(1, &[WorkerSpec { memory: "64MiB".into(), ..WorkerSpec::default() }]).expect("cluster");
-    let source = format!("file://{}", dir.path().display());
-    let m = Mount::start(&source, &["ro", &cluster.option()], &[]).expect("mount");
-    let pid = m.pid();
-    for (option, code, why) in [
-        ("memory=2GiB", 7, "--option memory=2GiB"),
-        ("readahead=much", 2, "readahead"),
-        ("speed=3", 2, "unknown"),
-        ("log_level=a=b=c", 1, "not a filter"),
-    ] {
-        let out = efc_fuse(&m, "set", &[option]);
-        let said = String::from_utf8_lossy(&out.stderr).into_owned();
-        assert!(out.status.code() == Some(code) && said.contains(why), "{option}: {out:?}");
-    }
-    let set = |args: &[&str]| {
-        let out = efc_fuse(&m, "set", args);
-        assert!(out.status.success(), "{out:?}");
-    };
-    // Were bytes of a new file there before they were asked for? Without read-ahead a request may find what the one before it has left of its last block.
-    let is_read_ahead = |name: &str| {
-        let path = m.path.join(name);
-        std::fs::write(dir.path().join(name), vec![7; 16 << 20]).expect("write");
-        let bytes = || m.stats().expect("stats")["tiers"]["client"]["bytes"].as_u64().unwrap_or(0);
-        let before = bytes();
-        assert_eq!(within(PATIENCE, move || std::fs::read(path)).expect("read").len(), 16 << 20);
-        (bytes() - before) as f64 > 0.05 * f64::from(16 << 20)
-    };
-    let traced = || m.log().expect("log").matches(" TRACE ").count();
-    assert!(is_read_ahead("one"));
-    assert_eq!(traced(), 0);
-    set(&["readahead=0", "log_level=info,h2=trace"]);
-    assert!(!is_read_ahead("two"));
-    wait_for("word of the session", PATIENCE, || Ok(traced() > 0)).expect("traced");
-    assert_eq!(m.pid(), pid);
-    let replaced = |pid: u32| {
-        m.kill_server();
-        // It is there before it answers questions.
-        wait_for("another process", PATIENCE, || Ok(m.pid() != pid && m.stats().is_ok())).expect("replaced");
-    };
-    replaced(pid);
-    let before = traced();
-    assert!(!is_read_ahead("three"));
-    wait_for("word of the session", PATIENCE, || Ok(traced() > before)).expect("traced");
-    // Another holder and its processes begin with that as well.
-    set(&["readahead=16MiB", "log_level=info"]);
-    m.kill_holder().expect("another holder");
-    // That must have been told everything before the process may die: both at once is the end.
-    std::thread::sleep(Duration::from_millis(500));
-    replaced(m.pid());
-    let before = traced();
-    assert!(is_read_ahead("four"));
-    std::thread::sleep(Duration::from_secs(3));
-    assert_eq!(traced(), before);
-    m.finish(&["the mount process is gone", "the holder of this mount was gone"]).expect("log");
 }

@@ -1,6 +1,7 @@
 //! Read-write mounts: what was asked for is done once, though the process that was doing it dies.
 
 use crate::load::{Load, PATIENCE, Step};
+use crate::upgrade::history;
 use efc_e2e::{Cluster, Mount, WorkerSpec, within};
 use efc_testkit::oss::{OssOptions, OssServer};
 use efc_testkit::{Ganesha, scratch};
@@ -391,5 +392,11 @@ fn a_mount_process_that_hangs_is_replaced_and_its_locks_are_kept() {
     let begun = load.hang(&r.mount, 50);
     println!("replaced after {:?}, longest step {:?}", begun.elapsed(), load.finish());
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    // What it was doing can be looked at.
+    let event = history(&r.mount).pop().expect("an event");
+    let text = event["text"].as_str().expect("text");
+    let (_, saved) = text.split_once("its stacks are in ").expect("where");
+    assert!(event["what"] == "hang" && fs::read_to_string(saved).expect("saved").contains("signal_stop"), "{event}");
+    fs::remove_file(saved).expect("remove");
     r.finish(&["the mount process is gone", "does not answer"]);
 }

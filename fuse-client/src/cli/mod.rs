@@ -46,13 +46,13 @@ enum Command {
     /// Have another program (a new version) serve a mount, without unmounting: applications see a short pause.
     #[command(
         after_help = "The new program is tried first: it must reach origin and masters and agree with what the kernel was told. Then the old one answers what is under way and leaves. If the new one does not serve within 4 s, \
-the old one goes on, and this command fails.\n\nExamples:\n  efc-fuse upgrade /mnt                              the program the mount was started with, after its file was replaced\n  efc-fuse upgrade /mnt --binary /opt/efc-1.2/efc-fuse\n  efc-fuse upgrade /mnt --option memory=4GiB         the same program with another option"
+the old one goes on, and this command fails.\n\nExamples:\n  efc-fuse upgrade /mnt                              the program the mount was started with, after its file was replaced\n  efc-fuse upgrade /mnt --binary /opt/efc-1.2/efc-fuse\n  efc-fuse upgrade /mnt --option threads=8           the same program with another option"
     )]
     Upgrade(UpgradeArgs),
     /// Change options of a mount while it serves: nobody notices, and successors of its process begin with them.
     #[command(
-        after_help = "Options: readahead, read_deadline, log_level (`efc-fuse mount --help` says what they do). Others need `efc-fuse upgrade MOUNTPOINT --option`, which is a short pause.\n\nExamples:\n  \
-efc-fuse set /mnt readahead=128MiB\n  efc-fuse set /mnt log_level=info,efc_fuse=debug"
+        after_help = "Options: readahead, read_deadline, log_level, memory, staging_size, cache_memory, cache_size, secret, passwd_file (`efc-fuse mount --help` says what they do). Credentials are tried at the store first. Others need `efc-fuse upgrade MOUNTPOINT --option`, which is a short pause.\n\nExamples:\n  \
+efc-fuse set /mnt readahead=128MiB\n  efc-fuse set /mnt log_level=info,efc_fuse=debug\n  efc-fuse set /mnt cache_memory=8GiB memory=2GiB\n  efc-fuse set /mnt passwd_file=/etc/efc/new-keys"
     )]
     Set(SetArgs),
     /// Show what happened to the processes of a mount: replaced after a crash or a hang, upgraded.

@@ -13,7 +13,7 @@ use efc_backend::tree::DynTree;
 use efc_common::node::{Entry, FileKind, Node};
 use efc_common::{Kind, Result};
 use moka::sync::Cache;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,7 +35,8 @@ pub struct Found {
 pub struct Directories {
     source: Arc<DataSource>,
     tree: Option<DynTree>,
-    cache: Cache<u64, Kept>,
+    /// Swapped for another when its size changes; whoever uses it holds the lock, so that nothing is dropped from the one and found in the other.
+    cache: RwLock<Cache<u64, Kept>>,
     ttl: Duration,
     refreshed: Mutex<Vec<Refreshed>>,
 }
@@ -57,18 +58,32 @@ impl Refreshed {
 /// A listing and the locator it is of: a directory that was renamed has another one.
 type Kept = (Bytes, Arc<Listing>);
 
+fn cache(bytes: u64) -> Cache<u64, Kept> {
+    let weigh = |_: &u64, (_, l): &Kept| u32::try_from(l.bytes() + 256).unwrap_or(u32::MAX);
+    Cache::builder().weigher(weigh).max_capacity(bytes).build()
+}
+
 impl Directories {
     /// A cache of at most `bytes` of listings, each believed for `ttl` after the origin was asked. `tree`: what changes the names, if the mount may.
     pub fn new(source: Arc<DataSource>, tree: Option<DynTree>, bytes: u64, ttl: Duration) -> Self {
-        let weigh = |_: &u64, (_, l): &Kept| u32::try_from(l.bytes() + 256).unwrap_or(u32::MAX);
-        let cache = Cache::builder().weigher(weigh).max_capacity(bytes).build();
         // Only a tree that keeps changes in this process has anything to add to listings.
-        Directories { source, tree: tree.filter(|t| t.drafts()), cache, ttl, refreshed: Mutex::default() }
+        Directories {
+            source,
+            tree: tree.filter(|t| t.drafts()),
+            cache: RwLock::new(cache(bytes)),
+            ttl,
+            refreshed: Mutex::default(),
+        }
+    }
+
+    /// From now on at most `bytes` of listings: those there are now are asked for again.
+    pub fn resize(&self, bytes: u64) {
+        *self.cache.write() = cache(bytes);
     }
 
     /// A snapshot that may still be believed; of a tree with drafts to be corrected by [`Directories::corrected`].
     fn cached(&self, dir: &Inode) -> Option<Arc<Listing>> {
-        let (locator, listing) = self.cache.get(&dir.id)?;
+        let (locator, listing) = self.cache.read().get(&dir.id)?;
         let current = dir.locator();
         let replaced = self.tree.as_ref().and_then(|t| t.replaced(&current));
         let asked = listing.seen().asked;
@@ -171,7 +186,7 @@ impl Directories {
             return Ok(l);
         }
         let locator = dir.locator();
-        let known = self.cache.get(&dir.id).filter(|(l, _)| *l == locator).map(|(_, listing)| listing);
+        let known = self.cache.read().get(&dir.id).filter(|(l, _)| *l == locator).map(|(_, listing)| listing);
         let mut max_age = state.max_age(belief.max_age);
         if let Some(at) = self.tree.as_ref().and_then(|t| t.replaced(&locator)) {
             max_age = max_age.min(at.elapsed());
@@ -181,7 +196,7 @@ impl Directories {
         }
         let listing = Arc::new(self.source.list(&locator, belief, max_age, known.as_deref()).await?);
         if !belief.ttl.is_zero() {
-            self.cache.insert(dir.id, (locator, listing.clone()));
+            self.cache.read().insert(dir.id, (locator, listing.clone()));
         }
         Ok(listing)
     }
@@ -245,7 +260,7 @@ impl Directories {
     pub fn forget(&self, dir: &Inode) {
         if let Some(state) = &dir.dir {
             state.changed();
-            self.cache.invalidate(&dir.id);
+            self.cache.read().invalidate(&dir.id);
         }
     }
 
@@ -254,7 +269,7 @@ impl Directories {
         if let Some(state) = &dir.dir
             && state.distrust(RELIST_PAUSE)
         {
-            self.cache.invalidate(&dir.id);
+            self.cache.read().invalidate(&dir.id);
         }
     }
 }

@@ -186,6 +186,11 @@ impl EfcFs {
         }
     }
 
+    /// Names.
+    pub fn directories(&self) -> &Directories {
+        &self.shared.parts.directories
+    }
+
     /// Serves reads.
     pub fn reader(&self) -> &Reader {
         &self.shared.parts.reader

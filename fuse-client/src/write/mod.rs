@@ -201,6 +201,11 @@ impl ObjectTree {
         self.core.owner
     }
 
+    /// Where files are staged.
+    pub fn space(&self) -> &Space {
+        &self.core.space
+    }
+
     /// The memory in which files are staged, for a successor.
     pub fn staging(&self) -> BorrowedFd<'_> {
         self.core.space.fd()

@@ -93,12 +93,12 @@ fn at(slot: u32) -> u64 {
 #[derive(Debug)]
 struct Quota {
     used: AtomicU64,
-    total: u64,
+    total: AtomicU64,
 }
 
 impl Quota {
     fn take(&self, bytes: u64) -> bool {
-        let fits = |used: u64| used.checked_add(bytes).filter(|n| *n <= self.total);
+        let fits = |used: u64| used.checked_add(bytes).filter(|n| *n <= self.total.load(Relaxed));
         self.used.fetch_update(Relaxed, Relaxed, fits).is_ok()
     }
 
@@ -125,8 +125,14 @@ impl Space {
     }
 
     fn with(dir: PathBuf, memory: u64, disk: u64, slots: Slots) -> Space {
-        let quota = |total| Quota { used: AtomicU64::new(0), total };
+        let quota = |total| Quota { used: AtomicU64::new(0), total: AtomicU64::new(total) };
         Space { dir, memory: quota(memory), disk: quota(disk), slots, kept: OnceLock::new() }
+    }
+
+    /// From now on at most `memory` bytes in memory and `disk` bytes on disk. What is there already stays as long as it must.
+    pub fn resize(&self, memory: u64, disk: u64) {
+        self.memory.total.store(memory, Relaxed);
+        self.disk.total.store(disk, Relaxed);
     }
 
     /// The memory, for a successor.
@@ -147,7 +153,7 @@ impl Space {
 
     /// Is half of the memory taken?
     pub(super) fn is_scarce(&self) -> bool {
-        self.memory.used.load(Relaxed) > self.memory.total / 2
+        self.memory.used.load(Relaxed) > self.memory.total.load(Relaxed) / 2
     }
 
     fn file(&self) -> Result<File> {

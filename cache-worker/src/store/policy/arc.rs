@@ -73,6 +73,12 @@ impl Arc {
 }
 
 impl EvictionPolicy for Arc {
+    fn resize(&mut self, capacity: u64) {
+        self.capacity = capacity;
+        self.target = self.target.min(capacity);
+        self.trim();
+    }
+
     fn admit(&mut self, _: Candidate) -> bool {
         true
     }

@@ -11,6 +11,8 @@ pub(super) struct Lru {
 }
 
 impl EvictionPolicy for Lru {
+    fn resize(&mut self, _: u64) {}
+
     fn admit(&mut self, _: Candidate) -> bool {
         true
     }

@@ -49,6 +49,8 @@ pub(super) trait EvictionPolicy: Send {
     fn remove(&mut self, id: u32);
     /// Chooses an entry that is `usable` to make room for `candidate`, and forgets it. Looks at a bounded number of entries.
     fn victim(&mut self, candidate: Candidate, usable: &mut dyn FnMut(u32) -> bool) -> Option<u32>;
+    /// The tier may hold `capacity` bytes of entries from now on.
+    fn resize(&mut self, capacity: u64);
     /// A key that is not here was asked for: it was fetched, or another tier answered.
     fn seen(&mut self, hash: u32);
     /// Memory taken.

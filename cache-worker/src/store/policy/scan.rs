@@ -32,11 +32,16 @@ pub(super) struct ScanResistant {
     now: u32,
 }
 
+/// Bytes of the window, and of the protected part of the rest.
+fn parts(capacity: u64) -> (u64, u64) {
+    let window = (capacity / 100).max(WINDOW_BYTES_MIN.min(capacity / 16));
+    (window, (capacity - window) / 5 * 4)
+}
+
 impl ScanResistant {
     /// For a tier of `capacity` bytes.
     pub(super) fn new(capacity: u64) -> Self {
-        let window_bytes = (capacity / 100).max(WINDOW_BYTES_MIN.min(capacity / 16));
-        let protected_bytes = (capacity - window_bytes) / 5 * 4;
+        let (window_bytes, protected_bytes) = parts(capacity);
         ScanResistant { lists: Lists::default(), sketch: Sketch::default(), window_bytes, protected_bytes, now: 0 }
     }
 
@@ -75,6 +80,12 @@ impl ScanResistant {
 }
 
 impl EvictionPolicy for ScanResistant {
+    fn resize(&mut self, capacity: u64) {
+        (self.window_bytes, self.protected_bytes) = parts(capacity);
+        self.spill(PROTECTED, self.protected_bytes);
+        self.spill(WINDOW, self.window_bytes);
+    }
+
     fn admit(&mut self, c: Candidate) -> bool {
         if !c.full || c.trial {
             return true;
