@@ -353,9 +353,10 @@ fn measure_writes(args: &Writes) -> Result<()> {
         long_bytes: args.long_mib << 20,
     };
     let w = writes::run(&plan)?;
-    let line = |name: &str, c: &writes::Create| {
+    let line = |name: &str, rounds: &[writes::Create]| {
+        let (c, all) = (writes::middle(rounds), rounds.iter().map(|c| c.median_us).collect::<Vec<_>>());
         println!(
-            "  {name:<12} median {:>8.0} us, p99 {:>8.0} us, {:>7.0} files/s",
+            "  {name:<12} median {:>8.0} us (rounds: {all:.0?}), p99 {:>8.0} us, {:>7.0} files/s",
             c.median_us, c.p99_us, c.files_per_s
         );
     };

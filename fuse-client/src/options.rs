@@ -191,10 +191,15 @@ pub fn all_but(texts: &[String], name: &str) -> Vec<String> {
     others.map(|(name, value)| text(name, value)).collect()
 }
 
+/// A text in which commas do not separate options.
+pub fn escaped(text: &str) -> String {
+    text.replace(',', "\\,")
+}
+
 /// An option as it is written.
 fn text(name: String, value: Option<String>) -> String {
     match value {
-        Some(value) => format!("{name}={}", value.replace(',', "\\,")),
+        Some(value) => format!("{name}={}", escaped(&value)),
         None => name,
     }
 }

@@ -10,7 +10,7 @@ use efc_common::Result;
 pub fn set(args: &SetArgs) -> Result<()> {
     let mountpoint = absolute(&args.mountpoint)?;
     // Each argument is one option, commas and all.
-    let options: Vec<String> = args.options.iter().map(|o| o.replace(',', "\\,")).collect();
+    let options: Vec<String> = args.options.iter().map(|o| options::escaped(o)).collect();
     // Told here, where an exit code can say what is wrong.
     options::check_live(&options)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

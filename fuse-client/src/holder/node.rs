@@ -99,6 +99,7 @@ pub fn listen(socket: &Path) -> Result<()> {
     // A dozen descriptors for each mount, and one for each long file that is being written.
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).map_err(std::io::Error::from)?;
     setrlimit(Resource::RLIMIT_NOFILE, most, most).map_err(std::io::Error::from)?;
+    remove_left()?;
     let listener = UnixListener::bind(&socket).map_err(with)?;
     let mut end = SigSet::empty();
     [Signal::SIGTERM, Signal::SIGINT].into_iter().for_each(|s| end.add(s));
@@ -123,6 +124,20 @@ pub fn listen(socket: &Path) -> Result<()> {
         });
         if let Err(e) = started {
             error!(error = %e, "no thread for another mount");
+        }
+    }
+    Ok(())
+}
+
+/// Removes the sockets on which services that are gone heard their holders.
+fn remove_left() -> Result<()> {
+    for entry in std::fs::read_dir(run_dir())? {
+        let name = entry?.file_name();
+        let pid = name.to_str().and_then(|n| n.strip_prefix("holder-")?.strip_suffix(".sock")?.split_once('-'));
+        if let Some((pid, _)) = pid
+            && !Path::new("/proc").join(pid).exists()
+        {
+            std::fs::remove_file(run_dir().join(&name))?;
         }
     }
     Ok(())
