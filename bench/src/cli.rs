@@ -47,7 +47,7 @@ struct Writes {
     #[arg(long = "peer", value_name = "PEER")]
     peers: Vec<String>,
     /// Small files that are created.
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 20_000)]
     creates: usize,
     /// Files in the archive.
     #[arg(long, default_value_t = 20_000)]
