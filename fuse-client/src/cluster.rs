@@ -21,6 +21,8 @@ use tracing::{info, warn};
 
 /// How long the masters may take to answer at mount.
 const CLUSTER_DEADLINE: Duration = Duration::from_secs(15);
+/// How long a takeover waits for the embedded worker to take other sizes.
+const FIT_PATIENCE: Duration = Duration::from_secs(1);
 /// Pause after a session call that failed.
 const SESSION_PAUSE: Duration = Duration::from_secs(2);
 
@@ -99,8 +101,10 @@ impl ClusterLink {
             me,
             PeersOptions { places, cache: what.cache, ..Default::default() },
         );
-        if let Some(embedded) = &embedded {
-            fit(&peers, embedded.sizes.get()).await;
+        if let Some(embedded) = embedded.as_ref().filter(|e| e.found_worker)
+            && tokio::time::timeout(FIT_PATIENCE, fit(&peers, embedded.sizes.get())).await.is_err()
+        {
+            warn!("the embedded worker does not say how large its tiers are; they stay as they are");
         }
         let client = format!("{host}:{}:{}", std::process::id(), mountpoint.display());
         let who = Who { client, dataset: what.session.clone() };

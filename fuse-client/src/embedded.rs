@@ -97,6 +97,8 @@ pub struct Embedded {
     kept: Arc<Kept>,
     /// Those of its worker.
     pub sizes: Arc<Sizes>,
+    /// A predecessor started it, perhaps with others.
+    pub found_worker: bool,
 }
 
 /// An embedded cluster whose mount process is gone.
@@ -286,7 +288,9 @@ impl Embedded {
         let sizes = Arc::new(Sizes::new(config));
         let (log, kept_too, of_tiers) = (dir.join("worker.log"), kept.clone(), Some(sizes.clone()));
         let worker = Supervised { name: "efc-worker", args, log, kept: kept_too, sizes: of_tiers };
-        let process = match Process::find("efc-worker", before.worker_pid, dir) {
+        let found = Process::find("efc-worker", before.worker_pid, dir);
+        let found_worker = found.is_some();
+        let process = match found {
             Some(found) => found,
             None => worker.spawn().await?.0,
         };
@@ -294,7 +298,7 @@ impl Embedded {
         worker.supervise(&worker_task, process);
         kept.keep()?;
         info!(master = address, data_dir = %dir.display(), "embedded cluster is up");
-        Ok(Embedded { master: address, master_task, worker_task, kept, sizes })
+        Ok(Embedded { master: address, master_task, worker_task, kept, sizes, found_worker })
     }
 
     /// Stops both children in good order: the worker says goodbye to a master that still listens. A successor begins with others.

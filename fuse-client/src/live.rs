@@ -72,13 +72,15 @@ impl Live {
     /// # Errors
     /// As [`options::check_live`]; [`Kind::Invalid`] for an option that says nothing to this mount; what origin or worker said against it.
     pub async fn set(&self, texts: &[String], fs: &EfcFs) -> Result<()> {
-        let new = options::check_live(texts)?;
+        options::check_live(texts)?;
         let is_set = |name| texts.iter().any(|t| t.starts_with(&format!("{name}=")));
         let mut current = self.options.lock().await;
         let mut all = current.clone();
         options::replace(&mut all, texts);
+        // Once: a passwd file may be another the next time.
+        let now = MountOptions::parse(&all, (0, 0))?;
         let credentials = match is_set("secret") || is_set("passwd_file") {
-            true => Some(self.credentials(&all).await?),
+            true => Some(self.credentials(&now).await?),
             false => None,
         };
         if is_set("staging_size") && self.drafts.is_none() {
@@ -96,7 +98,7 @@ impl Live {
                 return Err(without("cache_size", "is the size of cache_dir, and this mount has none"));
             }
             let given = |is_set: bool, bytes: u64| if is_set { bytes } else { 0 };
-            let (memory, disk) = (given(memory, new.cache_memory_bytes), given(disk, new.cache_size_bytes));
+            let (memory, disk) = (given(memory, now.cache_memory_bytes), given(disk, now.cache_size_bytes));
             self.peers.resize(memory, disk).await.context("the embedded worker keeps its sizes")?;
             sizes.set(memory, disk);
         }
@@ -105,10 +107,11 @@ impl Live {
             signer.replace(&spec, keys.as_ref())?;
             self.peers.replace_keys(spec, keys);
         }
-        if let Some(level) = &new.log_level {
+        if is_set("log_level")
+            && let Some(level) = &now.log_level
+        {
             log::set_level(level)?;
         }
-        let now = MountOptions::parse(&all, (0, 0))?;
         if is_set("memory") || is_set("staging_size") {
             let shares = Shares::of(now.memory_bytes, self.drafts.is_some());
             if is_set("memory") {
@@ -127,8 +130,8 @@ impl Live {
         Ok(())
     }
 
-    /// The source with the credentials that `all` options name, which the origin takes.
-    async fn credentials(&self, all: &[String]) -> Result<(SourceSpec, Option<StaticKeys>)> {
+    /// The source with the credentials that `options` name, which the origin takes.
+    async fn credentials(&self, options: &MountOptions) -> Result<(SourceSpec, Option<StaticKeys>)> {
         if self.signer.is_none() {
             return Err(without("secret` and `passwd_file", "are for object stores"));
         }
@@ -138,8 +141,7 @@ impl Live {
                 "are those of the dataset here: change them with efc dataset, and have efc-fuse upgrade mount it anew",
             ));
         }
-        let options = MountOptions::parse(all, (0, 0))?;
-        let mounted = resolve(&self.args, &options).await?.mounted;
+        let mounted = resolve(&self.args, options).await?.mounted;
         let origin = connect_counted(&mounted.spec, mounted.keys.as_ref()).await?;
         origin.backend.root().await.context("the mount goes on with the credentials of before")?;
         Ok((mounted.spec, mounted.keys))
