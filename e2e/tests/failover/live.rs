@@ -1,6 +1,7 @@
 //! Options that are taken over while a mount serves, by its process and by those that come after it.
 
 use crate::load::PATIENCE;
+use crate::read::embedded;
 use crate::upgrade::efc_fuse;
 use efc_e2e::{Cluster, Mount, WorkerSpec, wait_for, within};
 use efc_testkit::oss::{Identity, OssOptions, OssServer};
@@ -100,14 +101,8 @@ fn write_backwards(path: &Path, mib: u64) -> std::io::Result<()> {
 
 /// The embedded worker of a mount.
 fn worker(m: &Mount) -> u32 {
-    let below = m.path.parent().expect("parent").display().to_string();
-    let is_it = |pid: &u32| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&line).into_owned();
-        line.contains("efc-worker") && line.contains(&below)
-    };
-    let all = fs::read_dir("/proc").expect("proc").filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
-    all.filter(is_it).last().expect("a worker")
+    let [_, worker] = embedded(m);
+    worker.expect("a worker")
 }
 
 #[test]

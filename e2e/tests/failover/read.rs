@@ -136,7 +136,7 @@ fn a_signal_to_either_process_unmounts() {
 }
 
 /// Processes of the cluster that a mount has to itself, in order.
-fn embedded(mount: &Mount) -> [Option<u32>; 2] {
+pub(super) fn embedded(mount: &Mount) -> [Option<u32>; 2] {
     let dir = mount.path.parent().expect("parent").display().to_string();
     let all = fs::read_dir("/proc").expect("proc").filter_map(|e| e.ok()?.file_name().to_str()?.parse::<u32>().ok());
     let lines = all.map(|pid| (pid, fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default()));
