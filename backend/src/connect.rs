@@ -18,7 +18,7 @@ use crate::DynBackend;
 use crate::count::{Count, Counters};
 use crate::fault::{Fault, Knobs};
 use crate::file::File;
-use crate::limit::{Limit, Limits};
+use crate::limit::{Limit, Limits, Rates};
 use crate::nfs::Nfs;
 use crate::object;
 use crate::objects::{self, DynObjects};
@@ -28,7 +28,7 @@ use crate::tree::around::Decorated;
 use crate::tree::settle::Settled;
 use efc_common::error::Context;
 use efc_common::source::{SourceKind, SourceSpec, StaticKeys};
-use efc_common::units::{parse_bytes, parse_duration};
+use efc_common::units::parse_duration;
 use efc_common::{Error, Kind, Result};
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,6 +44,8 @@ pub struct Connected {
     pub objects: Option<DynObjects>,
     /// What its requests are signed with, if it is an object store.
     pub signer: Option<object::Signer>,
+    /// How much of it may be asked.
+    pub limits: Arc<Limits>,
     /// What it has asked of the origin.
     pub counters: Arc<Counters>,
 }
@@ -65,8 +67,7 @@ pub async fn connect_counted(spec: &SourceSpec, keys: Option<&StaticKeys>) -> Re
     let settings = Settings {
         timeout: duration(spec, "timeout", Duration::from_secs(15))?,
         deadline: duration(spec, "deadline", Duration::from_secs(60))?,
-        request_rate: bytes(spec, "request_rate")?,
-        bandwidth: bytes(spec, "bandwidth")?,
+        rates: Rates::of(spec)?,
     };
     let raw = plain(spec, keys, settings.timeout)?;
     let raw = match spec.option("fault") {
@@ -80,8 +81,7 @@ pub async fn connect_counted(spec: &SourceSpec, keys: Option<&StaticKeys>) -> Re
 pub(crate) struct Settings {
     pub(crate) timeout: Duration,
     pub(crate) deadline: Duration,
-    pub(crate) request_rate: u64,
-    pub(crate) bandwidth: u64,
+    pub(crate) rates: Rates,
 }
 
 /// A protocol client, bare or under faults.
@@ -105,7 +105,7 @@ impl Raw {
 /// Puts the decorators on; see the module.
 pub(crate) fn stack(raw: Raw, source: String, s: &Settings) -> Connected {
     let counters = Arc::new(Counters::new(raw.backend.capabilities()));
-    let limits = Arc::new(Limits::new(s.request_rate, s.bandwidth, s.timeout));
+    let limits = Arc::new(Limits::new(s.rates, s.timeout));
     let policy = Arc::new(Policy::new(source, s.deadline, counters.clone()));
     let counted = Arc::new(Count::new(raw.backend, counters.clone()));
     let limited = Arc::new(Limit::new(counted, limits.clone()));
@@ -117,10 +117,10 @@ pub(crate) fn stack(raw: Raw, source: String, s: &Settings) -> Connected {
     });
     let objects = raw.objects.map(|objects| -> DynObjects {
         let counted = Arc::new(objects::count::Count::new(objects, counters.clone()));
-        let limited = Arc::new(objects::limit::Limit::new(counted, limits));
+        let limited = Arc::new(objects::limit::Limit::new(counted, limits.clone()));
         Arc::new(objects::retry::Retry::new(limited, policy))
     });
-    Connected { backend, tree, objects, signer: raw.signer, counters }
+    Connected { backend, tree, objects, signer: raw.signer, limits, counters }
 }
 
 /// The plain protocol client.
@@ -148,10 +148,6 @@ fn duration(spec: &SourceSpec, name: &str, default: Duration) -> Result<Duration
         Duration::ZERO => Err(Error::new(Kind::Invalid, format!("option {name}={text} must be longer than nothing"))),
         d => Ok(d),
     }
-}
-
-fn bytes(spec: &SourceSpec, name: &str) -> Result<u64> {
-    spec.option(name).map_or(Ok(0), |text| parse_bytes(text).context(format!("option {name}")))
 }
 
 #[cfg(test)]
@@ -195,7 +191,7 @@ mod tests {
 
     fn seconds(timeout: u64, deadline: u64) -> Settings {
         let s = Duration::from_secs;
-        Settings { timeout: s(timeout), deadline: s(deadline), request_rate: 0, bandwidth: 0 }
+        Settings { timeout: s(timeout), deadline: s(deadline), rates: Rates::default() }
     }
 
     impl Rig {
@@ -302,13 +298,13 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn bandwidth_and_request_rate_hold() {
-        let rig = rig_with(Settings { bandwidth: 1 << 20, ..seconds(15, 60) });
+        let rig = rig_with(Settings { rates: Rates { bytes: 1 << 20, requests: 0 }, ..seconds(15, 60) });
         let node = rig.file().await;
         let began = Instant::now();
         assert!(rig.read(&node).await.expect("read") == rig.data);
         // 5 MiB at 1 MiB/s, of which one second's worth comes at once.
         assert!((3.9..4.5).contains(&began.elapsed().as_secs_f64()), "{:?}", began.elapsed());
-        let rig = rig_with(Settings { request_rate: 10, ..seconds(15, 60) });
+        let rig = rig_with(Settings { rates: Rates { requests: 10, bytes: 0 }, ..seconds(15, 60) });
         let node = rig.file().await;
         let began = Instant::now();
         for _ in 0..38 {
@@ -491,7 +487,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_open_file_is_under_the_same_policies() {
-        let rig = rig_with(Settings { bandwidth: 1 << 20, ..seconds(15, 60) });
+        let rig = rig_with(Settings { rates: Rates { bytes: 1 << 20, requests: 0 }, ..seconds(15, 60) });
         let tree = rig.origin.tree.clone().expect("a tree");
         let open = tree.open(&rig.file().await.locator, true).await.expect("open");
         let began = Instant::now();

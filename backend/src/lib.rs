@@ -9,7 +9,7 @@ pub mod connect;
 pub mod count;
 pub mod fault;
 mod file;
-mod limit;
+pub mod limit;
 pub mod names;
 mod nfs;
 pub mod object;

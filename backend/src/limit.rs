@@ -9,9 +9,12 @@ use crate::tree::around::Around;
 use crate::{Backend, ByteStream, Capabilities, DynBackend, FsStats, ListPage};
 use async_trait::async_trait;
 use bytes::Bytes;
+use efc_common::error::Context;
 use efc_common::id::SourceId;
 use efc_common::limit::RateLimit;
 use efc_common::node::Node;
+use efc_common::source::SourceSpec;
+use efc_common::units::parse_bytes;
 use efc_common::{Error, Kind, Result};
 use futures::{StreamExt, stream};
 use std::ops::Range;
@@ -30,17 +33,44 @@ impl Limit {
     }
 }
 
+/// What may be asked in a second, at most. 0 is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// Requests.
+    pub requests: u64,
+    /// Bytes, both ways together.
+    pub bytes: u64,
+}
+
+impl Rates {
+    /// Those that the options of `spec` give.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] naming the option that is no number.
+    pub fn of(spec: &SourceSpec) -> Result<Rates> {
+        let number = |name| spec.option(name).map_or(Ok(0), |text| parse_bytes(text).context(format!("option {name}")));
+        Ok(Rates { requests: number("request_rate")?, bytes: number("bandwidth")? })
+    }
+}
+
 /// The limits of one origin, whichever of its traits is called.
-pub(crate) struct Limits {
+pub struct Limits {
     pub(crate) requests: RateLimit,
     pub(crate) bytes: RateLimit,
     pub(crate) patience: Duration,
 }
 
 impl Limits {
-    /// `requests` and `bytes` a second (0: no limit); `timeout` is the source's option.
-    pub(crate) fn new(requests: u64, bytes: u64, timeout: Duration) -> Limits {
-        Limits { requests: RateLimit::new(requests), bytes: RateLimit::new(bytes), patience: timeout + timeout / 4 }
+    /// `timeout` is the source's option.
+    pub(crate) fn new(rates: Rates, timeout: Duration) -> Limits {
+        let (requests, bytes) = (RateLimit::new(rates.requests), RateLimit::new(rates.bytes));
+        Limits { requests, bytes, patience: timeout + timeout / 4 }
+    }
+
+    /// From now on these, also for those who wait at this moment.
+    pub fn set(&self, rates: Rates) {
+        self.requests.set(rates.requests);
+        self.bytes.set(rates.bytes);
     }
 
     async fn limit<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {

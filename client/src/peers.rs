@@ -187,9 +187,10 @@ impl Peers {
         Peers { inner: Arc::new(Inner { ring, source: id, options, pool, places, tell: Once::new(), tasks }) }
     }
 
-    /// From now on the workers ask the origin with these credentials: `source` is the same but for its secret.
-    pub fn replace_keys(&self, source: SourceSpec, keys: Option<StaticKeys>) {
-        self.inner.pool.replace_keys(source, keys);
+    /// From now on the workers ask the origin with these credentials and at these rates: `source` is the same but for its secret and
+    /// [`efc_common::source::RATES`]. Requests under way end with those of before.
+    pub fn replace_source(&self, source: SourceSpec, keys: Option<StaticKeys>) {
+        self.inner.pool.replace_source(source, keys);
     }
 
     /// The bytes of `range` of `content` if they are in the memory of a worker on this host and were read before: no message, no

@@ -1,9 +1,10 @@
 //! Budgets: bytes that may be held at once, and rates. Over budget a caller waits; nothing aborts.
 
+use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
 /// Unit of accounting, bytes: a [`ByteBudget`] rounds every hold up to it.
@@ -99,34 +100,86 @@ fn units_of(total: u64) -> u64 {
     (total / UNIT).clamp(1, u32::MAX as u64)
 }
 
-/// A token bucket: `rate` units a second with a burst of one second's worth. A rate of 0 means no limit.
+/// A token bucket: `rate` units a second with a burst of one second's worth. A rate of 0 means no limit. The rate can change at any time.
 #[derive(Debug)]
 pub struct RateLimit {
+    /// As in `state`, to be looked at without the lock.
+    rate: AtomicU64,
+    state: Mutex<Bucket>,
+    changed: Notify,
+}
+
+/// Who has taken his units waits until as many were allowed as had been taken by then.
+#[derive(Debug)]
+struct Bucket {
     rate: f64,
-    state: Mutex<(f64, Instant)>,
+    /// Units ever taken.
+    taken: f64,
+    /// Units ever allowed; at most one second's worth more than were taken.
+    allowed: f64,
+    /// Allowed up to this time.
+    at: Instant,
+}
+
+impl Bucket {
+    fn refill(&mut self) {
+        let now = Instant::now();
+        let allowed = self.allowed + now.duration_since(self.at).as_secs_f64() * self.rate;
+        (self.allowed, self.at) = (allowed.min(self.taken + self.rate), now);
+    }
 }
 
 impl RateLimit {
     /// A limit of `rate` units (bytes, requests) a second; 0 = unlimited.
     pub fn new(rate: u64) -> Self {
-        RateLimit { rate: rate as f64, state: Mutex::new((rate as f64, Instant::now())) }
+        let bucket = Bucket { rate: rate as f64, taken: 0.0, allowed: rate as f64, at: Instant::now() };
+        RateLimit { rate: AtomicU64::new(rate), state: Mutex::new(bucket), changed: Notify::new() }
+    }
+
+    /// From now on it is `rate` units a second, also for those who wait at this moment.
+    pub fn set(&self, rate: u64) {
+        let mut bucket = self.state.lock();
+        bucket.refill();
+        // What was taken without a limit is nobody's debt.
+        let credit = if bucket.rate == 0.0 { rate as f64 } else { bucket.allowed - bucket.taken };
+        (bucket.rate, bucket.allowed) = (rate as f64, bucket.taken + credit.min(rate as f64));
+        self.rate.store(rate, Relaxed);
+        drop(bucket);
+        self.changed.notify_waiters();
+    }
+
+    /// Units a second; 0 = unlimited.
+    pub fn rate(&self) -> u64 {
+        self.rate.load(Relaxed)
     }
 
     /// Takes `units`, waiting until the bucket allows them. A call larger than the burst runs into debt and the next
     /// callers wait it out, so the long-run rate holds for any size of call.
     pub async fn take(&self, units: u64) {
-        if self.rate == 0.0 {
+        if self.rate() == 0 {
             return;
         }
-        let wait = {
-            let mut s = self.state.lock().await;
-            let now = Instant::now();
-            s.0 = (s.0 + now.duration_since(s.1).as_secs_f64() * self.rate).min(self.rate);
-            s.1 = now;
-            s.0 -= units as f64;
-            if s.0 >= 0.0 { return } else { Duration::from_secs_f64(-s.0 / self.rate) }
+        let mine = {
+            let mut bucket = self.state.lock();
+            bucket.refill();
+            bucket.taken += units as f64;
+            bucket.taken
         };
-        tokio::time::sleep(wait).await;
+        loop {
+            let changed = self.changed.notified();
+            let wait = {
+                let mut bucket = self.state.lock();
+                bucket.refill();
+                if bucket.rate == 0.0 || bucket.allowed >= mine {
+                    return;
+                }
+                Duration::from_secs_f64((mine - bucket.allowed) / bucket.rate)
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = changed => {}
+            }
+        }
     }
 }
 
@@ -190,5 +243,46 @@ mod tests {
         // 5000 units: 1000 of burst, then 4 s at 1000/s.
         let s = t.elapsed().as_secs_f64();
         assert!((3.9..4.2).contains(&s), "{s}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_rate_counts_at_once_for_those_who_wait_too() {
+        let l = Arc::new(RateLimit::new(10));
+        let t = Instant::now();
+        let seconds = || t.elapsed().as_secs_f64();
+        l.take(10).await;
+        let waiters: Vec<_> = [600, 400]
+            .map(|units| {
+                tokio::spawn({
+                    let l = l.clone();
+                    async move { l.take(units).await }
+                })
+            })
+            .into();
+        // 10 units of the 1,000 by now; what remains comes at 100 a second.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        l.set(100);
+        assert_eq!(l.rate(), 100);
+        let mut waiters = waiters.into_iter();
+        waiters.next().expect("first").await.expect("first");
+        assert!((6.8..7.1).contains(&seconds()), "{}", seconds());
+        waiters.next().expect("second").await.expect("second");
+        assert!((10.8..11.1).contains(&seconds()), "{}", seconds());
+        // Without a limit nobody waits, nor owes anything when there is one again.
+        let waiter = tokio::spawn({
+            let l = l.clone();
+            async move { l.take(1_000_000).await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiter.is_finished());
+        l.set(0);
+        waiter.await.expect("waiter");
+        l.take(1_000_000).await;
+        assert!((10.8..11.2).contains(&seconds()), "{}", seconds());
+        l.set(10);
+        l.take(10).await;
+        assert!((10.8..11.2).contains(&seconds()), "{}", seconds());
+        l.take(10).await;
+        assert!((11.8..12.2).contains(&seconds()), "{}", seconds());
     }
 }

@@ -234,6 +234,9 @@ pub const OPTIONS: &[SourceOption] = &[
     },
 ];
 
+/// Options that say how much may be asked of a source, not what is there: each mount has its own.
+pub const RATES: [&str; 2] = ["request_rate", "bandwidth"];
+
 impl SourceSpec {
     /// Parses `oss://bucket/prefix`, `s3://bucket/prefix`, `nfs://host[:port]/export/path` or `file:///dir`, with options.
     ///
@@ -322,6 +325,12 @@ impl SourceSpec {
     /// The value of an option.
     pub fn option(&self, name: &str) -> Option<&str> {
         self.options.get(name).map(String::as_str)
+    }
+
+    /// Takes the [`RATES`] over that `options` name.
+    pub fn take_rates(&mut self, options: &BTreeMap<String, String>) {
+        let rates = options.iter().filter(|(name, _)| RATES.contains(&name.as_str()));
+        self.options.extend(rates.map(|(name, value)| (name.clone(), value.clone())));
     }
 
     /// Identity of the origin: equal for every path of one store, whatever the options.

@@ -64,6 +64,8 @@ fn every_mistake_is_named_and_leaves_nothing_behind() {
     refused("unknown scheme", &out, 2, &["ftp"], &mnt);
     let out = mount("dataset://there", &mnt, "", good);
     refused("dataset without masters", &out, 2, &["master="], &mnt);
+    let out = mount("dataset://there", &mnt, &endpoint, good);
+    refused("an option that is the dataset's", &out, 2, &["endpoint", "dataset"], &mnt);
     let out = mount("file:///nonexistent/dir", &mnt, "", good);
     refused("missing directory", &out, 3, &["/nonexistent/dir"], &mnt);
     let out = mount("nfs://127.0.0.1:9/export", &mnt, "timeout=2s,mount_port=9", good);

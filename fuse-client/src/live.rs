@@ -7,6 +7,7 @@ use crate::options::{self, MountOptions};
 use crate::process::resolve;
 use crate::write::ObjectTree;
 use efc_backend::connect::connect_counted;
+use efc_backend::limit::{Limits, Rates};
 use efc_backend::object::Signer;
 use efc_client::peers::Peers;
 use efc_common::error::Context as _;
@@ -41,30 +42,41 @@ impl Shares {
 }
 
 /// What live options reach.
+pub(crate) struct Reach {
+    /// The tree that stages files, if there is one.
+    pub(crate) drafts: Option<ObjectTree>,
+    /// Of what is read.
+    pub(crate) budget: ByteBudget,
+    /// The workers.
+    pub(crate) peers: Peers,
+    /// Of this process's own requests, at object stores.
+    pub(crate) signer: Option<Signer>,
+    /// Of this process's own requests.
+    pub(crate) limits: Arc<Limits>,
+    /// Of the embedded worker, if the mount has one.
+    pub(crate) sizes: Option<Arc<Sizes>>,
+}
+
+/// A mount's options, which can change.
 pub struct Live {
     args: MountArgs,
-    /// The mount's options as they are now. One change at a time.
-    options: Mutex<Vec<String>>,
-    /// Of the tree that stages files, if there is one.
-    drafts: Option<ObjectTree>,
-    budget: ByteBudget,
-    peers: Peers,
-    signer: Option<Signer>,
-    sizes: Option<Arc<Sizes>>,
+    /// One change at a time.
+    current: Mutex<Current>,
+    reach: Reach,
+}
+
+/// How things are now.
+struct Current {
+    options: Vec<String>,
+    source: SourceSpec,
+    keys: Option<StaticKeys>,
 }
 
 impl Live {
-    /// Those of a mount that was started with `args`. `sizes`: of the embedded worker, if the mount has one.
-    pub fn new(
-        args: &MountArgs,
-        drafts: Option<ObjectTree>,
-        budget: ByteBudget,
-        peers: Peers,
-        signer: Option<Signer>,
-        sizes: Option<Arc<Sizes>>,
-    ) -> Live {
-        let options = Mutex::new(args.options.clone());
-        Live { args: args.clone(), options, drafts, budget, peers, signer, sizes }
+    /// Those of a mount of `source` that was started with `args`.
+    pub(crate) fn new(args: &MountArgs, source: SourceSpec, keys: Option<StaticKeys>, reach: Reach) -> Live {
+        let current = Mutex::new(Current { options: args.options.clone(), source, keys });
+        Live { args: args.clone(), current, reach }
     }
 
     /// Takes options over, all or none. Credentials are tried at the origin first.
@@ -74,21 +86,25 @@ impl Live {
     pub async fn set(&self, texts: &[String], fs: &EfcFs) -> Result<()> {
         options::check_live(texts)?;
         let is_set = |name| texts.iter().any(|t| t.starts_with(&format!("{name}=")));
-        let mut current = self.options.lock().await;
-        let mut all = current.clone();
+        let reach = &self.reach;
+        let mut current = self.current.lock().await;
+        let mut all = current.options.clone();
         options::replace(&mut all, texts);
         // Once: a passwd file may be another the next time.
         let now = MountOptions::parse(&all, (0, 0))?;
-        let credentials = match is_set("secret") || is_set("passwd_file") {
-            true => Some(self.credentials(&now).await?),
-            false => None,
-        };
-        if is_set("staging_size") && self.drafts.is_none() {
+        let (mut source, mut keys) = (current.source.clone(), current.keys.clone());
+        let credentials = is_set("secret") || is_set("passwd_file");
+        if credentials {
+            (source, keys) = self.credentials(&now).await?;
+        }
+        source.take_rates(&now.source);
+        let rates = Rates::of(&source)?;
+        if is_set("staging_size") && reach.drafts.is_none() {
             return Err(without("staging_size", "is for read-write mounts of object stores"));
         }
         let (memory, disk) = (is_set("cache_memory"), is_set("cache_size"));
         if memory || disk {
-            let Some(sizes) = &self.sizes else {
+            let Some(sizes) = &reach.sizes else {
                 return Err(without(
                     "cache_memory` and `cache_size",
                     "are of the embedded worker: a cluster's workers have their own sizes (efc-worker --memory, --disk)",
@@ -99,13 +115,16 @@ impl Live {
             }
             let given = |is_set: bool, bytes: u64| if is_set { bytes } else { 0 };
             let (memory, disk) = (given(memory, now.cache_memory_bytes), given(disk, now.cache_size_bytes));
-            self.peers.resize(memory, disk).await.context("the embedded worker keeps its sizes")?;
+            reach.peers.resize(memory, disk).await.context("the embedded worker keeps its sizes")?;
             sizes.set(memory, disk);
         }
         // From here on nothing fails: what was given has been looked at.
-        if let (Some((spec, keys)), Some(signer)) = (credentials, &self.signer) {
-            signer.replace(&spec, keys.as_ref())?;
-            self.peers.replace_keys(spec, keys);
+        if let (true, Some(signer)) = (credentials, &reach.signer) {
+            signer.replace(&source, keys.as_ref())?;
+        }
+        if credentials || source != current.source {
+            reach.limits.set(rates);
+            reach.peers.replace_source(source.clone(), keys.clone());
         }
         if is_set("log_level")
             && let Some(level) = &now.log_level
@@ -113,12 +132,12 @@ impl Live {
             log::set_level(level)?;
         }
         if is_set("memory") || is_set("staging_size") {
-            let shares = Shares::of(now.memory_bytes, self.drafts.is_some());
+            let shares = Shares::of(now.memory_bytes, reach.drafts.is_some());
             if is_set("memory") {
-                self.budget.resize(shares.read);
+                reach.budget.resize(shares.read);
                 fs.directories().resize(shares.listings);
             }
-            if let Some(tree) = &self.drafts {
+            if let Some(tree) = &reach.drafts {
                 tree.space().resize(shares.staged, now.staging_bytes);
             }
         }
@@ -126,13 +145,13 @@ impl Live {
             c.readahead_bytes = now.readahead_bytes;
             c.deadline = now.read_deadline;
         });
-        *current = all;
+        *current = Current { options: all, source, keys };
         Ok(())
     }
 
     /// The source with the credentials that `options` name, which the origin takes.
     async fn credentials(&self, options: &MountOptions) -> Result<(SourceSpec, Option<StaticKeys>)> {
-        if self.signer.is_none() {
+        if self.reach.signer.is_none() {
             return Err(without("secret` and `passwd_file", "are for object stores"));
         }
         if self.args.source.starts_with("dataset://") {

@@ -77,7 +77,7 @@ after SECONDS (60). ttl (default with ro, 60): any change is seen after that tim
 ];
 
 /// Those that a mount can take over while it serves.
-pub const LIVE: [&str; 9] = [
+pub const LIVE: [&str; 11] = [
     "readahead",
     "read_deadline",
     "log_level",
@@ -87,6 +87,8 @@ pub const LIVE: [&str; 9] = [
     "cache_size",
     "secret",
     "passwd_file",
+    source::RATES[0],
+    source::RATES[1],
 ];
 
 /// Checks `-o` texts that a mount is to take over while it serves.
@@ -269,6 +271,9 @@ impl MountOptions {
     fn set(&mut self, name: &str, value: Option<String>) -> Result<()> {
         if source::OPTIONS.iter().any(|o| o.name == name) {
             let value = value.ok_or_else(|| invalid(name, "needs a value"))?;
+            if source::RATES.contains(&name) {
+                parse_bytes(&value).map_err(|e| invalid(name, e.message()))?;
+            }
             self.source.insert(name.into(), value);
             return Ok(());
         }
@@ -469,6 +474,7 @@ mod tests {
             ("master=a:1,cache_dir=/x", "cache_dir"),
             ("passwd_file=/nonexistent", "passwd_file"),
             ("endpoint", "endpoint"),
+            ("bandwidth=much", "bandwidth"),
         ] {
             let e = parse(text).expect_err(text);
             assert!(e.is(Kind::Invalid) && e.message().contains(names), "{text}: {e}");

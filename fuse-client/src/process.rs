@@ -11,7 +11,7 @@ use crate::holder::line::Item;
 use crate::holder::{Held, Left, Wish};
 use crate::journal::{self, Journal};
 use crate::kernel::{Ended, InitRecord, Mount, MountConfig, Outcomes, Session, SessionConfig, adopt, serve};
-use crate::live::{Live, Shares};
+use crate::live::{Live, Reach, Shares};
 use crate::lock::LocksLeft;
 use crate::namespace::{Namespace, Nodes};
 use crate::options::MountOptions;
@@ -29,7 +29,7 @@ use efc_common::error::Context as _;
 use efc_common::limit::ByteBudget;
 use efc_common::node::Node;
 use efc_common::policy::{CachePolicy, Consistency};
-use efc_common::source::SourceSpec;
+use efc_common::source::{self, SourceSpec};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result, log, metrics};
 use efc_proto::convert::cache_policy;
@@ -72,6 +72,10 @@ pub fn parse_source(text: &str, options: &MountOptions) -> Result<SourceArg> {
     let (name, path) = dataset.split_once('/').unwrap_or((dataset, ""));
     if name.is_empty() {
         return Err(Error::new(Kind::Invalid, format!("source `{text}` has no dataset; write dataset://name")));
+    }
+    if let Some(option) = options.source.keys().find(|name| !source::RATES.contains(&name.as_str())) {
+        let text = format!("option `{option}` is the dataset's here: leave it out (efc dataset show {name})");
+        return Err(Error::new(Kind::Invalid, text));
     }
     if options.masters.is_empty() {
         return Err(Error::new(
@@ -138,7 +142,9 @@ pub(crate) async fn resolve(args: &MountArgs, options: &MountOptions) -> Result<
     let (spec, offered, cache, session) = match parse_source(&args.source, options)? {
         SourceArg::Store(spec) => (spec.clone(), None, CachePolicy::default(), spec.url()),
         SourceArg::Dataset { name, path } => {
-            let (spec, offered, cache) = dataset(&MasterClient::new(options.masters.clone())?, &name, &path).await?;
+            let master = MasterClient::new(options.masters.clone())?;
+            let (mut spec, offered, cache) = dataset(&master, &name, &path).await?;
+            spec.take_rates(&options.source);
             (spec, offered, cache, name)
         }
     };
@@ -208,7 +214,7 @@ impl Process {
         }
         let mut left = held.as_ref().map(|h| h.left_behind()).transpose()?.flatten();
         let inherited = left.as_ref().map(|l| journal::read(&l.nodes)).transpose()?;
-        let signer = origin.signer.clone();
+        let (signer, limits) = (origin.signer.clone(), origin.limits.clone());
         let Origin { backend, tree, drafts } = if options.read_write {
             let before = left.as_ref().and_then(|l| l.staging.as_ref()).zip(inherited.as_ref());
             writable(origin, &root, &options, ttl, before, &tasks)?
@@ -253,7 +259,9 @@ impl Process {
         let locks = inherited.iter().flat_map(|s| &s.locks).map(LocksLeft::new).collect::<Result<_>>()?;
         let shares = Shares::of(options.memory_bytes, drafts.is_some());
         let budget = ByteBudget::new(shares.read);
-        let live = Live::new(args, drafts, budget.clone(), cluster.peers.clone(), signer, cluster.sizes());
+        let (peers, sizes) = (cluster.peers.clone(), cluster.sizes());
+        let reach = Reach { drafts, budget: budget.clone(), peers, signer, limits, sizes };
+        let live = Live::new(args, source.mounted.spec.clone(), source.mounted.keys.clone(), reach);
         let read = ReadConfig { readahead_bytes: options.readahead_bytes, deadline: options.read_deadline };
         let fs = Arc::new(EfcFs::new(
             Parts {

@@ -487,7 +487,7 @@ async fn what_another_process_wrote_is_committed_once() {
     // Another process, which died.
     let before = nfs.open(&dir(), true).await.expect("open");
     before.write(0, Bytes::from(pattern(0, 5000))).await.expect("write");
-    let limits = Settings { timeout: TIMEOUT, deadline: 5 * TIMEOUT, request_rate: 0, bandwidth: 0 };
+    let limits = Settings { timeout: TIMEOUT, deadline: 5 * TIMEOUT, rates: Default::default() };
     let nfs = Arc::new(server.client(&[]));
     let raw = Raw { backend: nfs.clone(), tree: Some(nfs), objects: None, signer: None };
     let tree = stack(raw, "nfs".into(), &limits).tree.expect("a tree");

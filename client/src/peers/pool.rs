@@ -56,8 +56,8 @@ impl Pool {
         &self.settings.me
     }
 
-    /// From now on workers are told these credentials. Requests under way end with those of before.
-    pub(super) fn replace_keys(&self, source: SourceSpec, keys: Option<StaticKeys>) {
+    /// From now on workers are told of the source like this.
+    pub(super) fn replace_source(&self, source: SourceSpec, keys: Option<StaticKeys>) {
         *self.settings.source.write() = (source, keys);
         // Who is asked next gets a new connection, and with it the new ones.
         self.remotes.lock().1.clear();

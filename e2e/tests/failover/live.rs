@@ -7,9 +7,10 @@ use efc_e2e::{Cluster, Mount, WorkerSpec, wait_for, within};
 use efc_testkit::oss::{Identity, OssOptions, OssServer};
 use efc_testkit::scratch;
 use std::fs::{self, File};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const ENV: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "efckey"), ("AWS_SECRET_ACCESS_KEY", "efcsecret")];
 
@@ -228,5 +229,73 @@ fn credentials_are_set_while_the_mount_serves() {
     works(4);
     replaced(&m);
     works(5);
+    m.finish(&["the mount process is gone"]).expect("log");
+}
+
+#[test]
+fn rates_are_set_while_the_mount_serves() {
+    const MIB: usize = 1 << 20;
+    let s = OssServer::start_with(OssOptions::s3()).expect("server");
+    s.create_bucket("b");
+    (0..4u8).for_each(|i| s.put("b", format!("f{i}"), vec![i; 4 * MIB]));
+    (0..80).for_each(|i| s.put("b", format!("d{i}/f"), vec![1]));
+    let cluster =
+        Cluster::start(1, &[WorkerSpec { memory: "64MiB".into(), ..WorkerSpec::default() }]).expect("cluster");
+    let options = ["rw", &format!("endpoint={}", s.endpoint()), &cluster.option(), "bandwidth=1GiB"];
+    let m = Mount::start("s3://b", &options, &ENV).expect("mount");
+    let pid = m.pid();
+    refused(&m, "bandwidth=much", 2, "bandwidth");
+    refused(&m, "request_rate=-1", 2, "request_rate");
+    // A burst is one second's worth: these take longer than (bytes / rate - 1) seconds when the rate holds.
+    let read = |n: u8| {
+        let (path, began) = (m.path.join(format!("f{n}")), Instant::now());
+        within(PATIENCE, move || assert!(fs::read(path).expect("read") == vec![n; 4 * MIB]));
+        began.elapsed().as_secs_f64()
+    };
+    let written = |name: &str| {
+        let (path, began) = (m.path.join(name), Instant::now());
+        within(PATIENCE, move || fs::write(path, vec![9; 4 * MIB])).expect("write");
+        assert_eq!(s.get("b", name).expect("stored").len(), 4 * MIB);
+        began.elapsed().as_secs_f64()
+    };
+    let (unlimited, limited) = (0.0..2.0, 2.9..30.0);
+    let checked = |took: f64, wanted: &Range<f64>| assert!(wanted.contains(&took), "{took} s, and not {wanted:?}");
+    checked(read(0), &unlimited);
+    checked(written("w0"), &unlimited);
+    // Here for what is written, and at the worker for what is read.
+    set(&m, &["bandwidth=1MiB"]);
+    checked(read(1), &limited);
+    checked(written("w1"), &limited);
+    assert!(number(&m, "/workers/0/origin_bytes") >= 4 * MIB as u64);
+    // Another process begins with it.
+    replaced(&m);
+    assert_ne!(m.pid(), pid);
+    checked(read(2), &limited);
+    set(&m, &["bandwidth=0"]);
+    checked(read(3), &unlimited);
+    // Who waits for a request that the rate before would permit a minute later does not.
+    set(&m, &["request_rate=1"]);
+    let path = m.path.clone();
+    let names = move |i: u32| fs::read_dir(path.join(format!("d{i}"))).expect("list").count();
+    let lists = std::thread::spawn(move || (0..80).map(names).sum::<usize>());
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(!lists.is_finished());
+    set(&m, &["request_rate=0"]);
+    assert_eq!(within(PATIENCE, move || lists.join().expect("lists")), 80);
+    // A dataset has rates of its own, and a mount of it others.
+    let dir = scratch("dataset").expect("scratch");
+    fs::write(dir.path().join("f"), vec![5; 4 * MIB]).expect("write");
+    let source = format!("file://{}", dir.path().display());
+    cluster.efc(&["dataset", "create", "data", &source, "-O", "bandwidth=1"]).expect("dataset");
+    let of_dataset = Mount::start("dataset://data", &[&cluster.option(), "bandwidth=1MiB"], &[]).expect("mount");
+    let (path, began) = (of_dataset.path.join("f"), Instant::now());
+    assert!(within(PATIENCE, move || fs::read(path).expect("read") == vec![5; 4 * MIB]));
+    checked(began.elapsed().as_secs_f64(), &limited);
+    set(&of_dataset, &["bandwidth=0"]);
+    fs::write(dir.path().join("g"), vec![6; 4 * MIB]).expect("write");
+    let (path, began) = (of_dataset.path.join("g"), Instant::now());
+    assert!(within(PATIENCE, move || fs::read(path).expect("read") == vec![6; 4 * MIB]));
+    checked(began.elapsed().as_secs_f64(), &unlimited);
+    of_dataset.finish(&[]).expect("log");
     m.finish(&["the mount process is gone"]).expect("log");
 }
