@@ -103,7 +103,7 @@ fn units_of(total: u64) -> u64 {
 /// A token bucket: `rate` units a second with a burst of one second's worth. A rate of 0 means no limit. The rate can change at any time.
 #[derive(Debug)]
 pub struct RateLimit {
-    /// As in `state`, to be looked at without the lock.
+    /// Changed with `state` locked.
     rate: AtomicU64,
     state: Mutex<Bucket>,
     changed: Notify,
@@ -112,7 +112,6 @@ pub struct RateLimit {
 /// Who has taken his units waits until as many were allowed as had been taken by then.
 #[derive(Debug)]
 struct Bucket {
-    rate: f64,
     /// Units ever taken.
     taken: f64,
     /// Units ever allowed; at most one second's worth more than were taken.
@@ -122,28 +121,28 @@ struct Bucket {
 }
 
 impl Bucket {
-    fn refill(&mut self) {
+    fn refill(&mut self, rate: f64) {
         let now = Instant::now();
-        let allowed = self.allowed + now.duration_since(self.at).as_secs_f64() * self.rate;
-        (self.allowed, self.at) = (allowed.min(self.taken + self.rate), now);
+        let allowed = self.allowed + now.duration_since(self.at).as_secs_f64() * rate;
+        (self.allowed, self.at) = (allowed.min(self.taken + rate), now);
     }
 }
 
 impl RateLimit {
     /// A limit of `rate` units (bytes, requests) a second; 0 = unlimited.
     pub fn new(rate: u64) -> Self {
-        let bucket = Bucket { rate: rate as f64, taken: 0.0, allowed: rate as f64, at: Instant::now() };
+        let bucket = Bucket { taken: 0.0, allowed: rate as f64, at: Instant::now() };
         RateLimit { rate: AtomicU64::new(rate), state: Mutex::new(bucket), changed: Notify::new() }
     }
 
     /// From now on it is `rate` units a second, also for those who wait at this moment.
     pub fn set(&self, rate: u64) {
         let mut bucket = self.state.lock();
-        bucket.refill();
+        let before = self.rate.swap(rate, Relaxed);
+        bucket.refill(before as f64);
         // What was taken without a limit is nobody's debt.
-        let credit = if bucket.rate == 0.0 { rate as f64 } else { bucket.allowed - bucket.taken };
-        (bucket.rate, bucket.allowed) = (rate as f64, bucket.taken + credit.min(rate as f64));
-        self.rate.store(rate, Relaxed);
+        let credit = if before == 0 { rate as f64 } else { bucket.allowed - bucket.taken };
+        bucket.allowed = bucket.taken + credit.min(rate as f64);
         drop(bucket);
         self.changed.notify_waiters();
     }
@@ -161,7 +160,7 @@ impl RateLimit {
         }
         let mine = {
             let mut bucket = self.state.lock();
-            bucket.refill();
+            bucket.refill(self.rate() as f64);
             bucket.taken += units as f64;
             bucket.taken
         };
@@ -169,11 +168,12 @@ impl RateLimit {
             let changed = self.changed.notified();
             let wait = {
                 let mut bucket = self.state.lock();
-                bucket.refill();
-                if bucket.rate == 0.0 || bucket.allowed >= mine {
+                let rate = self.rate() as f64;
+                bucket.refill(rate);
+                if rate == 0.0 || bucket.allowed >= mine {
                     return;
                 }
-                Duration::from_secs_f64((mine - bucket.allowed) / bucket.rate)
+                Duration::from_secs_f64((mine - bucket.allowed) / rate)
             };
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}

@@ -10,6 +10,7 @@ use efc_common::id::{ContentId, hex};
 use efc_common::task::TaskGroup;
 use efc_common::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -101,12 +102,16 @@ pub fn socket_path(mountpoint: &Path) -> PathBuf {
 /// A listening control socket; removed on drop.
 pub struct ControlSocket {
     path: PathBuf,
+    inode: u64,
 }
 
 impl Drop for ControlSocket {
     fn drop(&mut self) {
-        // Gone already: nothing to do about it.
-        let _ = std::fs::remove_file(&self.path);
+        // That of another mount, which took the place of one that was detached, stays.
+        if std::fs::metadata(&self.path).is_ok_and(|m| m.ino() == self.inode) {
+            // Gone already: nothing to do about it.
+            let _ = std::fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -115,7 +120,6 @@ impl Drop for ControlSocket {
 /// # Errors
 /// When the socket cannot be made.
 pub fn listen(mountpoint: &Path, handler: Arc<dyn Handler>, tasks: &TaskGroup) -> Result<ControlSocket> {
-    use std::os::unix::fs::PermissionsExt;
     let path = socket_path(mountpoint);
     let dir = run_dir();
     std::fs::create_dir_all(&dir).map_err(|e| Error::from(e).with("dir", dir.display()))?;
@@ -124,6 +128,7 @@ pub fn listen(mountpoint: &Path, handler: Arc<dyn Handler>, tasks: &TaskGroup) -
     let _ = std::fs::remove_file(&fresh);
     let listener = UnixListener::bind(&fresh).map_err(|e| Error::from(e).with("socket", fresh.display()))?;
     std::fs::set_permissions(&fresh, std::fs::Permissions::from_mode(0o600))?;
+    let inode = std::fs::metadata(&fresh)?.ino();
     std::fs::rename(&fresh, &path)?;
     let group = tasks.clone();
     tasks.spawn(async move {
@@ -144,7 +149,7 @@ pub fn listen(mountpoint: &Path, handler: Arc<dyn Handler>, tasks: &TaskGroup) -
             }
         }
     });
-    Ok(ControlSocket { path })
+    Ok(ControlSocket { path, inode })
 }
 
 async fn serve(stream: UnixStream, handler: Arc<dyn Handler>) -> Result<()> {

@@ -39,11 +39,13 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{info, warn};
 
 /// How long requests that are under way may take when another program is to serve the mount; what takes longer is done again by that.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
+/// How long the mount may take to answer for the first time.
+const CHECK_PATIENCE: Duration = Duration::from_secs(30);
 /// How long tasks of the mount may take to end.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -101,9 +103,15 @@ pub fn run(args: &MountArgs, options: MountOptions, held: Option<Arc<Held>>, rea
     let exposition = metrics::install()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("efc-fuse").build()?;
     let outcome = runtime.block_on(async {
+        // Who goes on with a mount has what its predecessor was given to keep: it ends in order, also when it is told to end before it serves. Who mounts anew may simply die.
+        let early = match &held {
+            Some(held) if held.goes_on() => Some(Stop::new()?),
+            _ => None,
+        };
         let process = Process::start(args, options, exposition, held).await?;
+        let stop = early.map_or_else(Stop::new, Ok)?;
         ready();
-        process.serve().await
+        process.serve(stop).await
     });
     runtime.shutdown_timeout(STOP_PATIENCE);
     outcome
@@ -179,12 +187,32 @@ async fn dataset(
     Ok((spec, consistency, cache_policy(d.cache)))
 }
 
+/// The signals that end a mount in order, from its making on.
+struct Stop {
+    term: Signal,
+    int: Signal,
+}
+
+impl Stop {
+    fn new() -> Result<Stop> {
+        Ok(Stop { term: signal(SignalKind::terminate())?, int: signal(SignalKind::interrupt())? })
+    }
+
+    async fn asked(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+        }
+    }
+}
+
 /// A mount that is up.
 struct Process {
     mount: Mount,
     fs: Arc<EfcFs>,
     session: Arc<Session>,
-    control: ControlSocket,
+    /// None: of a mount that is out of the tree, whose place may be another's.
+    control: Option<ControlSocket>,
     teller: Arc<Teller>,
     held: Option<Arc<Held>>,
     cluster: ClusterLink,
@@ -294,8 +322,11 @@ impl Process {
         };
         let (session, mount) = match left {
             Some(left) => {
-                let mount = Mount::existing(&args.mountpoint)?;
                 let record = InitRecord::from_bytes(left.init.as_bytes())?;
+                let mount = match record.device {
+                    Some(device) => Mount::made(&args.mountpoint, device)?,
+                    None => Mount::existing(&args.mountpoint)?,
+                };
                 fs.restore(Inherited { state: inherited.unwrap_or_default(), files: left.files }).await?;
                 let session = adopt(fs.clone(), left.connection, &record, &config)?;
                 let (nodes, took_ms) = (namespace.len(), begun.elapsed().as_millis() as u64);
@@ -305,7 +336,8 @@ impl Process {
             None => serve(fs.clone(), &mount_config(args, &options, &source), &config, keep)?,
         };
         if let Some(held) = &held {
-            let record = String::from_utf8_lossy(&session.init_record().to_bytes()?).into_owned();
+            let record = InitRecord { device: Some(mount.device()), ..session.init_record().clone() };
+            let record = String::from_utf8_lossy(&record.to_bytes()?).into_owned();
             held.keep(Item::Init, &record, None)?;
         }
         let session = Arc::new(session);
@@ -326,8 +358,9 @@ impl Process {
             agreed: Agreed::new(options.read_write, strict),
             successor_reads: AtomicU32::new(*journal::FORMATS.end()),
         });
+        let is_there = mount.is_mounted()?;
         let process = Process {
-            control: control::listen(&args.mountpoint, teller.clone(), &tasks)?,
+            control: is_there.then(|| control::listen(&args.mountpoint, teller.clone(), &tasks)).transpose()?,
             teller,
             held,
             mount,
@@ -345,17 +378,20 @@ impl Process {
         if let Some(http) = &args.http {
             self.teller.clone().serve_http(http, &self.tasks).await?;
         }
-        let path = self.mount.mountpoint().to_path_buf();
-        let looked = tokio::task::spawn_blocking(move || std::fs::metadata(path).map(|_| ()));
-        match tokio::time::timeout(Duration::from_secs(30), looked).await {
-            Ok(Ok(Ok(()))) => {
+        if self.control.is_none() {
+            info!(mountpoint = %args.mountpoint.display(), "serves what is still open of a mount that is out of the tree");
+            return Ok(());
+        }
+        let mount = self.mount.clone();
+        let said = tokio::task::spawn_blocking(move || mount.answers(CHECK_PATIENCE)).await;
+        match said.unwrap_or_else(|e| Err(Error::new(Kind::Io, "nobody looked at the mount").caused_by(e))) {
+            Ok(()) => {
                 info!(mountpoint = %args.mountpoint.display(), source = args.source, "mounted");
                 Ok(())
             }
-            other => {
-                let why = format!("{other:?}");
+            Err(e) => {
                 self.leave(true);
-                Err(Error::new(Kind::Timeout, format!("the new mount does not answer: {why}")))
+                Err(e).context("the new mount does not answer")
             }
         }
     }
@@ -407,18 +443,15 @@ impl Process {
     }
 
     /// Serves until the mount is gone, handed over, or a signal asks to end.
-    async fn serve(self) -> Result<()> {
+    async fn serve(self, mut stop: Stop) -> Result<()> {
         let mut ended = self.session.ended();
-        let mut term = signal(SignalKind::terminate())?;
-        let mut int = signal(SignalKind::interrupt())?;
         let outcome = tokio::select! {
             why = ended.wait_for(Option::is_some) => match why.map(|w| w.clone()) {
                 Ok(Some(Ended::Failed(e))) => Err(Error::new(Kind::Io, format!("the FUSE session failed: {e}"))),
                 _ => Ok(()),
             },
             () = self.asked_to_leave() => return self.leave_to_another().await,
-            _ = term.recv() => { self.leave(true); Ok(()) }
-            _ = int.recv() => { self.leave(true); Ok(()) }
+            () = stop.asked() => { self.leave(true); Ok(()) }
         };
         let kept = self.fs.end(STOP_PATIENCE).await;
         // Reads under way are answered by now or never: nobody is left to hear them.

@@ -26,7 +26,7 @@ fn refused(m: &Mount, option: &str, code: i32, why: &str) {
 }
 
 /// Another process serves.
-fn replaced(m: &Mount) {
+pub(super) fn replaced(m: &Mount) {
     let pid = m.pid();
     m.kill_server();
     // It is there before it answers questions.

@@ -18,6 +18,9 @@ use std::time::{Duration, Instant};
 /// Length of one record of a log, bytes.
 const RECORD: usize = 64;
 
+/// Of the bucket's server.
+pub(super) const KEYS: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "efckey"), ("AWS_SECRET_ACCESS_KEY", "efcsecret")];
+
 /// What is mounted.
 pub(super) enum Origin {
     Dir(tempfile::TempDir),
@@ -27,9 +30,9 @@ pub(super) enum Origin {
 
 pub(super) struct Rig {
     pub(super) mount: Mount,
-    other: Mount,
-    cluster: Cluster,
-    origin: Origin,
+    pub(super) other: Mount,
+    pub(super) cluster: Cluster,
+    pub(super) origin: Origin,
 }
 
 impl Origin {
@@ -50,7 +53,7 @@ impl Origin {
         }
     }
 
-    fn url(&self) -> String {
+    pub(super) fn url(&self) -> String {
         match self {
             Origin::Dir(dir) => format!("file://{}", dir.path().display()),
             Origin::Nfs(_, server) => server.url(),
@@ -58,7 +61,7 @@ impl Origin {
         }
     }
 
-    fn options(&self) -> Vec<String> {
+    pub(super) fn options(&self) -> Vec<String> {
         match self {
             Origin::Dir(_) => vec!["umask=000".into()],
             Origin::Nfs(_, server) => vec![format!("mount_port={}", server.mount_port())],
@@ -97,8 +100,7 @@ pub(super) fn rig(origin: &str, more: &[&str]) -> Rig {
     options.extend(origin.options());
     options.extend(more.iter().map(ToString::to_string));
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
-    let env = [("AWS_ACCESS_KEY_ID", "efckey"), ("AWS_SECRET_ACCESS_KEY", "efcsecret")];
-    let start = || Mount::start(&origin.url(), &options, &env).expect("mount");
+    let start = || Mount::start(&origin.url(), &options, &KEYS).expect("mount");
     let (mount, other) = (start(), start());
     Rig { mount, other, cluster, origin }
 }

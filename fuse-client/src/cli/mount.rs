@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A mount that is in use for longer is in use by others than its holder.
-const OWN_USE: Duration = Duration::from_millis(300);
+const OWN_USE: Duration = Duration::from_millis(1500);
 
 /// What a daemon says to the command that started it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -229,7 +229,7 @@ pub fn umount(mountpoint: &Path, lazy: bool, force: bool) -> Result<()> {
         mount.abort()?;
     }
     let begun = Instant::now();
-    // Its holder looks at it once a second, and has it in use for that moment.
+    // Its holder looks at it once a second, and has it in use for that moment; the first time for up to a second, if the origin is slow to tell of its space.
     while let Err(e) = mount.unmount(lazy || force) {
         if !e.is(Kind::Busy) || begun.elapsed() > OWN_USE {
             return Err(e);

@@ -3,7 +3,7 @@
 use super::SetArgs;
 use super::mount::absolute;
 use crate::control::{self, Request};
-use crate::options;
+use crate::options::{self, MountOptions};
 use efc_common::Result;
 
 /// Has a mount take options over while it serves.
@@ -12,6 +12,7 @@ pub fn set(args: &SetArgs) -> Result<()> {
     // Each argument is one option, commas and all.
     let options: Vec<String> = args.options.iter().map(|o| options::escaped(o)).collect();
     // Told here, where an exit code can say what is wrong.
+    MountOptions::parse(&options, (0, 0))?;
     options::check_live(&options)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(control::ask(&mountpoint, &Request::Set { options }, |_| {}))?;

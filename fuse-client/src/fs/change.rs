@@ -358,10 +358,10 @@ fn file_can(change: &Change) -> bool {
     change.size.is_some() || change.mtime.is_some()
 }
 
-/// Removes what was put aside. Who closes the file at that moment may have done so already.
+/// Removes what was put aside. Who closes the file at that moment may have done so already, or a predecessor, after which even the directory could go.
 pub(super) async fn remove_parked(tree: &DynTree, parked: &Parked) -> Result<()> {
     match tree.remove(&parked.dir, &parked.name, false).await {
-        Err(e) if e.is(Kind::NotFound) => Ok(()),
+        Err(e) if e.is(Kind::NotFound) || e.is(Kind::Stale) => Ok(()),
         other => other,
     }
 }

@@ -194,6 +194,11 @@ impl Held {
         Ok(started)
     }
 
+    /// Was there a process before this one, that left what is needed to go on?
+    pub fn goes_on(&self) -> bool {
+        super::can_go_on(&self.kept.lock())
+    }
+
     /// What a predecessor left, if it left all that is needed. To be asked before anything is kept.
     ///
     /// # Errors

@@ -218,9 +218,11 @@ impl Holder {
             })?;
             let (reason, text) = match end {
                 End::Bye(0, _) => return Ok(()),
-                // It was told to end, and had not learnt to yet.
-                _ if self.stopping => {
-                    Mount::existing(&self.mountpoint)?.unmount(true)?;
+                // It was told to end, and had nothing yet that another would have to bring to an end.
+                _ if self.stopping && !self.can_go_on() => {
+                    if let Ok(mount) = Mount::existing(&self.mountpoint) {
+                        mount.unmount(true)?;
+                    }
                     return Ok(());
                 }
                 End::Left => ("upgrade", String::new()),
@@ -249,7 +251,7 @@ impl Holder {
 
     /// Has it what a successor needs?
     fn can_go_on(&self) -> bool {
-        Item::NEEDED.iter().all(|i| self.kept.contains_key(i))
+        can_go_on(&self.kept)
     }
 
     /// A mount process is over, and another is to go on.
@@ -274,7 +276,10 @@ impl Holder {
         self.deaths = if lived > LIFE_MIN { 0 } else { self.deaths + 1 };
         if self.deaths >= DEATHS_MAX {
             error!(mountpoint = %self.mountpoint.display(), "no mount process lives; the mount is given up");
-            Mount::existing(&self.mountpoint)?.abort()?;
+            // One that is out of the tree ends with this process.
+            if let Ok(mount) = Mount::existing(&self.mountpoint) {
+                mount.abort()?;
+            }
             let text = format!("{DEATHS_MAX} mount processes in a row ended at once; the log says why");
             return Err(Error::new(Kind::Io, text));
         }
@@ -370,6 +375,10 @@ impl Holder {
                             manager.ready();
                         }
                         ready();
+                        // Its predecessor was told to, and died before it had.
+                        if self.stopping {
+                            end_in_order(process);
+                        }
                     }
                     Ok(Some((Message::Upgrade(upgrade), _))) => {
                         info!(program = upgrade.program, "another program is asked for");
@@ -421,8 +430,7 @@ impl Holder {
                     }
                     info!(signal = signal.ssi_signo, "passed on to the mount process");
                     self.stopping = true;
-                    // It may have ended this moment.
-                    let _ = rustix::process::kill_process(process, rustix::process::Signal::TERM);
+                    end_in_order(process);
                 }
             }
             let leaves = self.is_ready && self.trial.is_some();
@@ -468,6 +476,16 @@ fn reap_later(child: Spawned) -> Result<()> {
         }
     })?;
     Ok(())
+}
+
+/// Tells a mount process, which may have ended this moment, to end.
+fn end_in_order(process: rustix::process::Pid) {
+    let _ = rustix::process::kill_process(process, rustix::process::Signal::TERM);
+}
+
+/// Is this what a successor needs?
+fn can_go_on(kept: &Kept) -> bool {
+    Item::NEEDED.iter().all(|i| kept.contains_key(i))
 }
 
 /// Gives everything that is kept and known to the other end of a new line.

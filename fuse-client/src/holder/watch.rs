@@ -1,5 +1,7 @@
-//! Does a mount answer? A thread asks it for its statistics every second; a file system that hangs lets it wait. It waits as long as it must: whoever takes the mount over answers it.
+//! Does a mount answer? A thread asks it for its statistics every second, which the mount process has at hand ([`crate::read::source::DataSource::statfs`]); a file system that hangs lets it
+//! wait. It waits as long as it must: whoever takes the mount over answers it.
 
+use crate::kernel::own_no_files;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -51,16 +53,6 @@ impl Watch {
     pub(super) fn begin_anew(&self) {
         // Answered this moment: then there is none.
         let _ = self.asked.fetch_update(SeqCst, SeqCst, |asked| (asked > 0).then(|| millis(self.base)));
-    }
-}
-
-/// Gives the calling thread a table of descriptors of its own, and nothing in it.
-fn own_no_files() -> std::io::Result<()> {
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES)?;
-    // SAFETY: of the thread's own table; whatever the process has open stays so for its other threads, and this one uses no descriptor from here on.
-    match unsafe { libc::close_range(0, libc::c_uint::MAX, 0) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
     }
 }
 

@@ -41,6 +41,9 @@ pub struct InitRecord {
     pub max_request_bytes: u32,
     /// Background requests.
     pub max_background: u16,
+    /// Device number of what is mounted (major, minor), for who adopts it. None: an earlier version wrote the record.
+    #[serde(default)]
+    pub device: Option<(u32, u32)>,
 }
 
 impl InitRecord {
@@ -211,6 +214,7 @@ impl InitRequest {
             max_readahead,
             max_request_bytes: max_write.min(system_bytes),
             max_background: self.max_background,
+            device: None,
         }
     }
 }
@@ -230,6 +234,7 @@ mod tests {
             max_readahead: 131_072,
             max_request_bytes: 1 << 20,
             max_background: 64,
+            device: Some((0, 42)),
         }
     }
 

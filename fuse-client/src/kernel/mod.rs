@@ -25,7 +25,7 @@ pub mod types;
 pub use adopt::adopt;
 pub use features::KernelFeatures;
 pub use init::{INIT_RECORD_FORMAT, InitRecord};
-pub use mount::{Mount, MountConfig, Unmounted, abort_connection, check, serve};
+pub use mount::{Mount, MountConfig, Unmounted, abort_connection, check, own_no_files, serve};
 pub use notify::{Notification, Notifier, Told};
 pub use outcomes::{Outcomes, Resent};
 pub use reply::{Answer, DirReply, ReadReply, Reply, XattrReply};

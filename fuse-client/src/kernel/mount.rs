@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use efc_common::{Error, Kind, Result};
 use nix::errno::Errno;
@@ -149,6 +150,38 @@ impl Mount {
         }
     }
 
+    /// The mount that was made at `mountpoint` with this device number ([`Mount::device`]). It may be out of the tree, with files open on it, and another in its place.
+    ///
+    /// # Errors
+    /// When the mountpoint cannot be resolved.
+    pub fn made(mountpoint: &Path, device: (u32, u32)) -> Result<Mount> {
+        Ok(Mount { mountpoint: resolve(mountpoint)?, device })
+    }
+
+    /// Does its root answer? Asked by a thread of its own ([`own_no_files`]).
+    ///
+    /// # Errors
+    /// What it said; [`Kind::Timeout`] when it said nothing within `patience`.
+    pub fn answers(&self, patience: Duration) -> Result<()> {
+        let (answer, answered) = std::sync::mpsc::channel();
+        let path = self.mountpoint.clone();
+        let ask = move || {
+            let said = own_no_files().and_then(|()| fs::metadata(path));
+            // Nobody waits for it any more.
+            let _ = answer.send(said.map(drop));
+        };
+        std::thread::Builder::new().name("efc-check".into()).spawn(ask)?;
+        match answered.recv_timeout(patience) {
+            Ok(said) => said.map_err(|e| Error::from(e).with("mountpoint", self.mountpoint.display())),
+            Err(_) => Err(Error::new(Kind::Timeout, format!("{} did not answer", self.mountpoint.display()))),
+        }
+    }
+
+    /// Its device number (`st_dev`: major, minor).
+    pub fn device(&self) -> (u32, u32) {
+        self.device
+    }
+
     /// Where it is, absolute.
     pub fn mountpoint(&self) -> &Path {
         &self.mountpoint
@@ -217,6 +250,20 @@ impl Mount {
         if let Some(kib) = session.bdi_read_ahead_kb {
             raise_read_ahead(self.device, kib);
         }
+    }
+}
+
+/// Gives the calling thread a table of descriptors of its own, and nothing in it: for one that asks a mount something. It waits in the kernel for the answer, also when its process was killed,
+/// and may not keep the connection open by that, which ends with the last who has it.
+///
+/// # Errors
+/// What the system said.
+pub fn own_no_files() -> std::io::Result<()> {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_FILES)?;
+    // SAFETY: of the thread's own table; whatever the process has open stays so for its other threads, and this one uses no descriptor from here on.
+    match unsafe { libc::close_range(0, libc::c_uint::MAX, 0) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 

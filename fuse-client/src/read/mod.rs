@@ -3,6 +3,7 @@
 //! Budget: everything this room holds (parts, bytes on their way to the kernel) comes out of one [`ByteBudget`]; over it loaded parts give
 //! way, then reads wait and read-ahead stops. Nothing is copied: pieces are slices of the buffers the data plane received into, or read from a neighbour's memory into.
 
+mod capacity;
 pub mod parts;
 pub mod source;
 pub mod stream;

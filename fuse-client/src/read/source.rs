@@ -3,6 +3,7 @@
 //! The ladder of a read: ring owner, second owner (both inside [`Peers`]), origin. An error ends it only when it is an answer about the
 //! content (the version is gone); everything else is a reason to take the next step.
 
+use super::capacity::Capacity;
 use crate::namespace::listing::Listing;
 use crate::namespace::{Belief, Inode, Seen};
 use bytes::Bytes;
@@ -13,7 +14,6 @@ use efc_common::metrics::{Counter, counter};
 use efc_common::node::{Entry, Node};
 use efc_common::{Error, Kind, Result};
 use futures::stream::{self, BoxStream, StreamExt};
-use parking_lot::Mutex;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -67,17 +67,14 @@ pub struct DataSource {
     origin: TierCounters,
     /// Reads go past the workers at the moment: said once, not once a read.
     degraded: AtomicBool,
-    /// What the origin said of its space the last time.
-    stats: Mutex<Option<FsStats>>,
+    capacity: Capacity,
 }
-
-/// How long an origin may take to tell of its space.
-const STATFS_PATIENCE: Duration = Duration::from_secs(1);
 
 impl DataSource {
     /// A source read through `peers` if there are any; with `workers_only` never past them.
     pub fn new(backend: DynBackend, peers: Option<Peers>, workers_only: bool) -> Self {
         DataSource {
+            capacity: Capacity::of(backend.clone()),
             backend,
             peers,
             workers_only,
@@ -86,7 +83,6 @@ impl DataSource {
             remote: TierCounters::new("remote_worker"),
             origin: TierCounters::new("origin"),
             degraded: AtomicBool::new(false),
-            stats: Mutex::default(),
         }
     }
 
@@ -241,29 +237,12 @@ impl DataSource {
         self.backend.xattrs(locator).await
     }
 
-    /// Space of the origin; an object store, which has no capacity, is shown as 1 PiB free.
+    /// Space of the origin, of a moment ago; an object store, which has no capacity, is shown as 1 PiB free.
     ///
     /// # Errors
     /// What the origin said.
     pub async fn statfs(&self) -> Result<FsStats> {
-        const ENDLESS: u64 = 1 << 50;
-        if !self.backend.capabilities().statfs {
-            return Ok(FsStats {
-                total_bytes: ENDLESS,
-                free_bytes: ENDLESS,
-                available_bytes: ENDLESS,
-                ..FsStats::default()
-            });
-        }
-        match tokio::time::timeout(STATFS_PATIENCE, self.backend.statfs()).await {
-            Ok(answer) => {
-                let stats = answer?;
-                *self.stats.lock() = Some(stats);
-                Ok(stats)
-            }
-            // An origin that does not answer is no reason for `df` to wait, nor for the mount to seem to hang.
-            Err(_) => Ok(self.stats.lock().unwrap_or_default()),
-        }
+        self.capacity.get().await
     }
 }
 
