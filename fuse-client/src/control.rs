@@ -46,7 +46,7 @@ pub enum Request {
     },
     /// What happened to the processes of this mount.
     History,
-    /// Take these options over while serving ([`crate::options::LIVE`]), and have successors do so.
+    /// Take these options over while serving ([`crate::options::all_live`]), and have successors do so.
     Set {
         /// `-o` texts, an option each.
         options: Vec<String>,

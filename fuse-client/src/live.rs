@@ -1,4 +1,4 @@
-//! Options that a mount takes over while it serves ([`crate::options::LIVE`]), and who has to hear of them.
+//! Options that a mount takes over while it serves ([`crate::options::all_live`]), and who has to hear of them.
 
 use crate::cli::MountArgs;
 use crate::embedded::Sizes;

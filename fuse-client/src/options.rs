@@ -19,10 +19,16 @@ pub struct MountOption {
     pub value: &'static str,
     /// One line of help.
     pub help: &'static str,
+    /// A mount can take it over while it serves.
+    live: bool,
 }
 
 const fn o(name: &'static str, value: &'static str, help: &'static str) -> MountOption {
-    MountOption { name, value, help }
+    MountOption { name, value, help, live: false }
+}
+
+const fn live(name: &'static str, value: &'static str, help: &'static str) -> MountOption {
+    MountOption { name, value, help, live: true }
 }
 
 /// Every mount option that is not a source option (those stand in [`source::OPTIONS`]).
@@ -46,10 +52,10 @@ after SECONDS (60). ttl (default with ro, 60): any change is seen after that tim
     o("umask", "OCTAL", "bits taken away from every mode (default 000)"),
     o("master", "HOST:PORT[;HOST:PORT...]", "join this cluster; without it a master and a worker start with the mount"),
     o("data_dir", "DIR", "state of the embedded cluster (default /var/lib/efc/MOUNTPOINT)"),
-    o("cache_memory", "SIZE", "memory tier of the embedded worker (default 1GiB or 10% of memory, the smaller)"),
+    live("cache_memory", "SIZE", "memory tier of the embedded worker (default 1GiB or 10% of memory, the smaller)"),
     o("cache_dir", "DIR", "disk tier of the embedded worker (default: none)"),
-    o("cache_size", "SIZE", "quota of cache_dir (default 10GiB)"),
-    o("memory", "SIZE", "budget of this process (default 1GiB or 10% of memory, the smaller)"),
+    live("cache_size", "SIZE", "quota of cache_dir (default 10GiB)"),
+    live("memory", "SIZE", "budget of this process (default 1GiB or 10% of memory, the smaller)"),
     o(
         "writeback",
         "",
@@ -60,10 +66,10 @@ after SECONDS (60). ttl (default with ro, 60): any change is seen after that tim
         "DIR",
         "where files of object stores wait that are being written (default data_dir/staging, else /var/tmp/efc)",
     ),
-    o("staging_size", "SIZE", "room there; over it writers see ENOSPC (default 10GiB)"),
-    o("readahead", "SIZE", "how far a sequential stream is read ahead at most (default 32MiB; 0 = off)"),
-    o("read_deadline", "DURATION", "a read ends with EIO after this (default 150s)"),
-    o("log_level", "FILTER", "what is logged, in place of --log-level (a comma is written \\,)"),
+    live("staging_size", "SIZE", "room there; over it writers see ENOSPC (default 10GiB)"),
+    live("readahead", "SIZE", "how far a sequential stream is read ahead at most (default 32MiB; 0 = off)"),
+    live("read_deadline", "DURATION", "a read ends with EIO after this (default 150s)"),
+    live("log_level", "FILTER", "what is logged, in place of --log-level (a comma is written \\,)"),
     o("threads", "N", "threads that take kernel requests (default: cores, 2 to 16)"),
     o(
         "subpath",
@@ -71,37 +77,28 @@ after SECONDS (60). ttl (default with ro, 60): any change is seen after that tim
         "mount this directory of the source, by one mount that all with the same source and options share on this node",
     ),
     o("no_failover", "", "no holder: the mount dies with its process"),
-    o("secret", "REF", "credentials: env (default), dir:/path, process:/command, role[:NAME], oidc, anonymous"),
-    o("passwd_file", "FILE", "file with KEY_ID:KEY_SECRET[:TOKEN], mode 0600"),
+    live("secret", "REF", "credentials: env (default), dir:/path, process:/command, role[:NAME], oidc, anonymous"),
+    live("passwd_file", "FILE", "file with KEY_ID:KEY_SECRET[:TOKEN], mode 0600"),
     o("workers_only", "", "testing only: never go to the origin past the workers"),
 ];
 
-/// Those that a mount can take over while it serves.
-pub const LIVE: [&str; 11] = [
-    "readahead",
-    "read_deadline",
-    "log_level",
-    "memory",
-    "staging_size",
-    "cache_memory",
-    "cache_size",
-    "secret",
-    "passwd_file",
-    source::RATES[0],
-    source::RATES[1],
-];
+/// Those that a mount can take over while it serves, of the source's too.
+pub fn all_live() -> Vec<&'static str> {
+    OPTIONS.iter().filter(|o| o.live).map(|o| o.name).chain(source::RATES).collect()
+}
 
 /// Are these `-o` texts options of which a mount takes others over while it serves? Their values are not looked at.
 ///
 /// # Errors
 /// [`Kind::Unsupported`] for what needs another process.
 pub fn check_live(texts: &[String]) -> Result<()> {
+    let all = all_live();
     for (name, value) in split(texts) {
-        if !LIVE.contains(&name.as_str()) {
+        if !all.contains(&name.as_str()) {
             let option = value.map_or(name.clone(), |v| format!("{name}={v}"));
             let text = format!(
                 "option `{name}` needs another process, which is a short pause: efc-fuse upgrade MOUNTPOINT --option {option} (without one: {})",
-                LIVE.join(", ")
+                all.join(", ")
             );
             return Err(Error::new(Kind::Unsupported, text));
         }

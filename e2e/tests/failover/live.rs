@@ -3,6 +3,7 @@
 use crate::load::PATIENCE;
 use crate::read::embedded;
 use crate::upgrade::efc_fuse;
+use crate::write::KEYS;
 use efc_e2e::{Cluster, Mount, WorkerSpec, wait_for, within};
 use efc_testkit::oss::{Identity, OssOptions, OssServer};
 use efc_testkit::scratch;
@@ -11,8 +12,6 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-
-const ENV: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "efckey"), ("AWS_SECRET_ACCESS_KEY", "efcsecret")];
 
 fn set(m: &Mount, args: &[&str]) {
     let out = efc_fuse(m, "set", args);
@@ -116,7 +115,7 @@ fn sizes_are_set_while_the_mount_serves() {
     let cache_dir = format!("cache_dir={}", disk.path().display());
     let endpoint = format!("endpoint={}", s.endpoint());
     let options = ["rw", &endpoint, "memory=64MiB", "cache_memory=64MiB", &cache_dir, "cache_size=64MiB"];
-    let m = Mount::start("s3://b", &options, &ENV).expect("mount");
+    let m = Mount::start("s3://b", &options, &KEYS).expect("mount");
     let read_all = || {
         let path = m.path.clone();
         within(PATIENCE, move || {
@@ -242,16 +241,17 @@ fn rates_are_set_while_the_mount_serves() {
     let cluster =
         Cluster::start(1, &[WorkerSpec { memory: "64MiB".into(), ..WorkerSpec::default() }]).expect("cluster");
     let options = ["rw", &format!("endpoint={}", s.endpoint()), &cluster.option(), "bandwidth=1GiB"];
-    let m = Mount::start("s3://b", &options, &ENV).expect("mount");
+    let m = Mount::start("s3://b", &options, &KEYS).expect("mount");
     let pid = m.pid();
     refused(&m, "bandwidth=much", 2, "bandwidth");
     refused(&m, "request_rate=-1", 2, "request_rate");
     // A burst is one second's worth: these take longer than (bytes / rate - 1) seconds when the rate holds.
-    let read = |n: u8| {
-        let (path, began) = (m.path.join(format!("f{n}")), Instant::now());
-        within(PATIENCE, move || assert!(fs::read(path).expect("read") == vec![n; 4 * MIB]));
+    let read_of = |m: &Mount, name: &str, byte: u8| {
+        let (path, began) = (m.path.join(name), Instant::now());
+        within(PATIENCE, move || assert!(fs::read(path).expect("read") == vec![byte; 4 * MIB]));
         began.elapsed().as_secs_f64()
     };
+    let read = |n: u8| read_of(&m, &format!("f{n}"), n);
     let written = |name: &str| {
         let (path, began) = (m.path.join(name), Instant::now());
         within(PATIENCE, move || fs::write(path, vec![9; 4 * MIB])).expect("write");
@@ -288,14 +288,10 @@ fn rates_are_set_while_the_mount_serves() {
     let source = format!("file://{}", dir.path().display());
     cluster.efc(&["dataset", "create", "data", &source, "-O", "bandwidth=1"]).expect("dataset");
     let of_dataset = Mount::start("dataset://data", &[&cluster.option(), "bandwidth=1MiB"], &[]).expect("mount");
-    let (path, began) = (of_dataset.path.join("f"), Instant::now());
-    assert!(within(PATIENCE, move || fs::read(path).expect("read") == vec![5; 4 * MIB]));
-    checked(began.elapsed().as_secs_f64(), &limited);
+    checked(read_of(&of_dataset, "f", 5), &limited);
     set(&of_dataset, &["bandwidth=0"]);
     fs::write(dir.path().join("g"), vec![6; 4 * MIB]).expect("write");
-    let (path, began) = (of_dataset.path.join("g"), Instant::now());
-    assert!(within(PATIENCE, move || fs::read(path).expect("read") == vec![6; 4 * MIB]));
-    checked(began.elapsed().as_secs_f64(), &unlimited);
+    checked(read_of(&of_dataset, "g", 6), &unlimited);
     of_dataset.finish(&[]).expect("log");
     m.finish(&["the mount process is gone"]).expect("log");
 }

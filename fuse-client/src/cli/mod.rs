@@ -50,10 +50,7 @@ the old one goes on, and this command fails.\n\nExamples:\n  efc-fuse upgrade /m
     )]
     Upgrade(UpgradeArgs),
     /// Change options of a mount while it serves: nobody notices, and successors of its process begin with them.
-    #[command(
-        after_help = "Options: readahead, read_deadline, log_level, memory, staging_size, cache_memory, cache_size, secret, passwd_file, request_rate, bandwidth (`efc-fuse mount --help` says what they do). Credentials are tried at the store first. Others need `efc-fuse upgrade MOUNTPOINT --option`, which is a short pause.\n\nExamples:\n  \
-efc-fuse set /mnt readahead=128MiB\n  efc-fuse set /mnt log_level=info,efc_fuse=debug\n  efc-fuse set /mnt cache_memory=8GiB memory=2GiB\n  efc-fuse set /mnt passwd_file=/etc/efc/new-keys\n  efc-fuse set /mnt bandwidth=200MiB"
-    )]
+    #[command(after_help = set_help())]
     Set(SetArgs),
     /// Show what happened to the processes of a mount: replaced after a crash or a hang, upgraded.
     History(HistoryArgs),
@@ -243,6 +240,14 @@ pub struct DoctorArgs {
     /// Output: table or json.
     #[arg(long = "output", default_value = "table")]
     pub output: String,
+}
+
+fn set_help() -> String {
+    format!(
+        "Options: {} (`efc-fuse mount --help` says what they do). Credentials are tried at the store first. Others need `efc-fuse upgrade MOUNTPOINT --option`, which is a short pause.\n\nExamples:\n  \
+efc-fuse set /mnt readahead=128MiB\n  efc-fuse set /mnt log_level=info,efc_fuse=debug\n  efc-fuse set /mnt cache_memory=8GiB memory=2GiB\n  efc-fuse set /mnt passwd_file=/etc/efc/new-keys\n  efc-fuse set /mnt bandwidth=200MiB",
+        options::all_live().join(", ")
+    )
 }
 
 fn mount_options_help() -> String {

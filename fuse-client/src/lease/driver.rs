@@ -3,7 +3,8 @@
 //!
 //! Flushes and drops run as tasks of their own, a bounded number at a time; there is at most one for each lease that is on its way back.
 
-use super::keeper::{Config, Counts, Effect, Event, Guard, How, Keeper, OpId, RecallId, What, Why};
+use super::event::{Effect, Event, How, OpId, RecallId, What, Why};
+use super::keeper::{Config, Counts, Guard, Keeper};
 use crate::journal::Journal;
 use crate::lock::{LockBook, LocksLeft};
 use async_trait::async_trait;

@@ -1,7 +1,7 @@
 //! Leases as a mount sees them: the [`Keeper`], a pure engine that knows what may be believed. It does no I/O and reads no clock; its caller
 //! carries its effects out and tells it what came of them.
 //!
-//! Rooms: `keeper` (the door: operations and their guards), `room` (what is known of one directory), `told` (grants and recalls), `pass` (readers that go past a recall), `session` (the
+//! Rooms: `event` (what is said to it and by it), `keeper` (the door: operations and their guards), `room` (what is known of one directory), `told` (grants and recalls), `pass` (readers that go past a recall), `session` (the
 //! session's life, new leaders, what time does). Not pure: `driver` ([`Leases`]) is that caller, between operations, the link to the masters and
 //! the one who holds the copies.
 //!
@@ -16,6 +16,7 @@
 //!   have ended without it.
 
 mod driver;
+mod event;
 mod keeper;
 mod pass;
 mod room;
@@ -23,7 +24,8 @@ mod session;
 mod told;
 
 pub use driver::{Holder, LeaseGuard, Leases, Succession, Under};
-pub use keeper::{Config, Counts, Effect, Event, Guard, How, Keeper, OpId, RecallId, What, Why};
+pub use event::{Effect, Event, How, OpId, RecallId, What, Why};
+pub use keeper::{Config, Counts, Guard, Keeper};
 
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,8 @@
 //! Readers that go past a lease on its way back. They must not wait for it: the kernel may hold pages for them, and the drop waits for those pages. What they pass is
 //! released when they have gone by; once its copies are dropped nobody else may pass, so that it is released some time.
 
-use super::keeper::{Effect, How, Keeper, Op, OpId};
+use super::event::{Effect, How, OpId};
+use super::keeper::{Keeper, Op};
 use super::room::RoomKey;
 use efc_common::lease::{Moment, RequestId, Scope, Want};
 

@@ -3,7 +3,7 @@
 //! Numbers decide what is newer, never the order of arrival: `floor` and `without` remember up to which grant something was given back, so that a
 //! grant overtaken by its own recall is not believed.
 
-use super::keeper::{OpId, RecallId};
+use super::event::{OpId, RecallId};
 use efc_common::lease::{DirKey, FileKey, GrantNumber, Mode, Moment, RequestId, Scope, Want};
 use std::collections::{BTreeMap, VecDeque};
 

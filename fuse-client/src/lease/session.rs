@@ -4,7 +4,8 @@
 //! Renewals count from when they were *sent*. A leader of a new term knows nothing of us: what we hold is claimed from it, and until it has
 //! confirmed all of that, all belief ends when it would have ended under the old leader.
 
-use super::keeper::{Effect, Keeper, Life, RecallId, What};
+use super::event::{Effect, RecallId, What};
+use super::keeper::{Keeper, Life};
 use super::room::RoomKey;
 use efc_common::id::Incarnation;
 use efc_common::lease::{Ask, Claim, Moment, RequestId, Scope};

@@ -4,7 +4,8 @@
 //! The way back: new guards are refused; when those that change have gone, changes are flushed; then either shared is kept, or when the readers
 //! have gone too, everything is dropped and the lease released. Nothing here waits: each step ends in an event that leads to the next.
 
-use super::keeper::{Effect, Keeper, RecallId, What};
+use super::event::{Effect, RecallId, What};
+use super::keeper::Keeper;
 use super::room::{Held, Recall, Room, RoomKey};
 use efc_common::lease::{Ask, FileKey, GrantNumber, Mode, Moment, Reason, RequestId, Scope, Tell, Want};
 use std::collections::HashSet;

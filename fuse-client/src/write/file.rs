@@ -4,7 +4,7 @@ use super::draft::{Draft, Piece};
 use super::meta::{self, now};
 use super::staging::{Place, Staging};
 use super::stream::Stream;
-use super::{Core, kept, split};
+use super::{Core, split};
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use efc_backend::objects::{Condition, MARK, Metadata, new_mark};
@@ -58,7 +58,7 @@ pub(super) struct Inner {
     pub(super) attempts: Vec<String>,
     pub(super) removed: bool,
     /// Counts changes of the content, over all files.
-    edition: u64,
+    pub(super) edition: u64,
 }
 
 /// What others may see without waiting.
@@ -125,40 +125,9 @@ impl FileState {
     /// As a predecessor wrote it down; `place`: where it has staged it.
     ///
     /// # Errors
-    /// [`Kind::Corrupt`] for what none wrote, or where the bytes are gone.
+    /// As [`Inner::inherited`].
     pub(super) fn inherited(core: &Core, draft: &state::Draft, place: Option<Place>) -> Result<Arc<FileState>> {
-        let map = kept::map(draft)?;
-        let staged: u64 = map.extents().map(|(start, end)| end - start).sum();
-        let end = map.extents().last().map_or(0, |(_, end)| end);
-        let number = draft.number;
-        let staging = match place {
-            Some(place) => Staging::inherited(core.space.clone(), number, place, staged, end),
-            None if end == 0 => Staging::new(core.space.clone(), number),
-            None => return Err(Error::new(Kind::Corrupt, "what was staged is gone")),
-        };
-        let inner = Inner {
-            number,
-            locator: draft.locator.clone(),
-            dir: draft.dir.clone(),
-            name: draft.name.clone(),
-            loaded: true,
-            base: kept::base(draft),
-            condition: kept::condition(draft),
-            metadata: kept::metadata(draft),
-            changed: kept::time(draft.changed),
-            draft: map,
-            staging,
-            data_dirty: draft.data_dirty,
-            meta_dirty: draft.meta_dirty,
-            stream: None,
-            attempts: draft.attempts.clone(),
-            removed: draft.removed,
-            edition: meta::edition(),
-        };
-        if let Some(kept) = core.space.kept() {
-            kept.inherit(&inner);
-        }
-        Ok(FileState::of(core, inner))
+        Ok(FileState::of(core, Inner::inherited(core, draft, place)?))
     }
 
     fn of(core: &Core, inner: Inner) -> Arc<FileState> {

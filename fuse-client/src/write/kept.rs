@@ -5,6 +5,8 @@
 
 use super::draft::Draft;
 use super::file::{Base, Inner};
+use super::staging::{Place, Staging};
+use super::{Core, meta};
 use crate::journal::{self, Journal};
 use efc_backend::objects::{Condition, Metadata};
 use efc_common::node::Time;
@@ -149,6 +151,47 @@ impl Written {
     }
 }
 
+impl Inner {
+    /// As a predecessor wrote it down; `place`: where it has staged it.
+    ///
+    /// # Errors
+    /// [`Kind::Corrupt`] for what none wrote, or where the bytes are gone.
+    pub(super) fn inherited(core: &Core, draft: &state::Draft, place: Option<Place>) -> Result<Inner> {
+        let map = map(draft)?;
+        let staged: u64 = map.extents().map(|(start, end)| end - start).sum();
+        let end = map.extents().last().map_or(0, |(_, end)| end);
+        let number = draft.number;
+        let staging = match place {
+            Some(place) => Staging::inherited(core.space.clone(), number, place, staged, end),
+            None if end == 0 => Staging::new(core.space.clone(), number),
+            None => return Err(Error::new(Kind::Corrupt, "what was staged is gone")),
+        };
+        let inner = Inner {
+            number,
+            locator: draft.locator.clone(),
+            dir: draft.dir.clone(),
+            name: draft.name.clone(),
+            loaded: true,
+            base: base(draft),
+            condition: condition(draft),
+            metadata: metadata(draft),
+            changed: time(draft.changed),
+            draft: map,
+            staging,
+            data_dirty: draft.data_dirty,
+            meta_dirty: draft.meta_dirty,
+            stream: None,
+            attempts: draft.attempts.clone(),
+            removed: draft.removed,
+            edition: meta::edition(),
+        };
+        if let Some(kept) = core.space.kept() {
+            kept.inherit(&inner);
+        }
+        Ok(inner)
+    }
+}
+
 /// Everything of a file but which bytes are staged.
 fn head(inner: &Inner) -> state::Draft {
     let base = inner.base.as_ref().map(|b| state::draft::Base {
@@ -180,13 +223,13 @@ fn head(inner: &Inner) -> state::Draft {
 }
 
 /// The object a draft was made of.
-pub(super) fn base(draft: &state::Draft) -> Option<Base> {
+fn base(draft: &state::Draft) -> Option<Base> {
     let b = draft.base.as_ref()?;
     Some(Base { locator: b.locator.clone(), version: b.version.clone(), mtime: time(b.mtime).unwrap_or_default() })
 }
 
 /// What its first object must find.
-pub(super) fn condition(draft: &state::Draft) -> Condition {
+fn condition(draft: &state::Draft) -> Condition {
     match draft.condition.as_ref().and_then(|c| c.what.clone()) {
         None => Condition::Any,
         Some(condition::What::Absent(_)) => Condition::Absent,
@@ -198,7 +241,7 @@ pub(super) fn condition(draft: &state::Draft) -> Condition {
 ///
 /// # Errors
 /// [`Kind::Corrupt`] for what no process wrote.
-pub(super) fn map(draft: &state::Draft) -> Result<Draft> {
+fn map(draft: &state::Draft) -> Result<Draft> {
     let mut map = Draft::new(draft.base_len);
     map.truncate(draft.size);
     for pair in draft.extents.chunks(2) {
@@ -212,7 +255,7 @@ pub(super) fn map(draft: &state::Draft) -> Result<Draft> {
 }
 
 /// Its metadata.
-pub(super) fn metadata(draft: &state::Draft) -> Metadata {
+fn metadata(draft: &state::Draft) -> Metadata {
     let m = draft.metadata.clone().unwrap_or_default();
     Metadata {
         mode: m.mode,
@@ -246,6 +289,6 @@ fn wire_time(t: Time) -> state::Time {
 }
 
 /// A time as it was written down.
-pub(super) fn time(t: Option<state::Time>) -> Option<Time> {
+fn time(t: Option<state::Time>) -> Option<Time> {
     t.map(|t| Time { secs: t.secs, nanos: t.nanos })
 }
