@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
@@ -32,6 +32,8 @@ use tracing::{error, info, warn};
 const READY_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a child may take to stop in good order.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the holder of a mount that has ended may have its data directory.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What the embedded cluster needs to know.
 #[derive(Debug, Clone)]
@@ -315,12 +317,15 @@ impl Embedded {
 fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
     let file = File::create(&path).map_err(|e| Error::from(e).with("data_dir", dir.display()))?;
-    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        Error::new(
-            Kind::Busy,
-            format!("data directory {} is in use by another mount; give `-o data_dir=`", dir.display()),
-        )
-    })?;
+    let begun = Instant::now();
+    // The holder of a mount that has just ended lets go of it a moment later.
+    while rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+        if begun.elapsed() > LOCK_PATIENCE {
+            let text = format!("data directory {} is in use by another mount; give `-o data_dir=`", dir.display());
+            return Err(Error::new(Kind::Busy, text));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
     Ok(file)
 }
 

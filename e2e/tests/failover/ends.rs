@@ -4,6 +4,7 @@ use crate::live::replaced;
 use crate::load::PATIENCE;
 use crate::write::{KEYS, Origin, rig};
 use efc_e2e::{Mount, program, wait_for, within};
+use efc_testkit::scratch;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::{self, File};
@@ -88,4 +89,32 @@ fn what_is_open_of_a_detached_mount_goes_on() {
     let seen = r.other.path.join("f");
     assert_eq!(within(PATIENCE, move || fs::read_to_string(seen).expect("read")), "before and after");
     r.other.finish(&[]).expect("log");
+}
+
+/// Nothing stays mounted after a panic.
+struct Place(String);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = Command::new("timeout").args(["10", "umount", "-lq", &self.0]).output();
+    }
+}
+
+#[test]
+fn what_was_unmounted_can_be_mounted_again_at_once() {
+    let dir = scratch("again").expect("scratch");
+    for name in ["origin", "at"] {
+        fs::create_dir(dir.path().join(name)).expect("mkdir");
+    }
+    let [origin, at, data] = ["origin", "at", "data"].map(|n| dir.path().join(n).display().to_string());
+    let at = Place(at);
+    let efc_fuse = |args: &[&str]| {
+        let out = Command::new("timeout").arg("60").arg(program("efc-fuse").expect("program")).args(args).output();
+        let out = out.expect("run");
+        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    };
+    for _ in 0..3 {
+        efc_fuse(&["mount", &format!("file://{origin}"), &at.0, "-o", &format!("data_dir={data}")]);
+        efc_fuse(&["umount", &at.0]);
+    }
 }

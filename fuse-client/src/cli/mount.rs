@@ -14,9 +14,12 @@ use crate::shared::Place;
 use crate::upgrade;
 use efc_common::error::Context as _;
 use efc_common::{Error, Kind, Result};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -25,6 +28,12 @@ use std::time::{Duration, Instant};
 
 /// A mount that is in use for longer is in use by others than its holder.
 const OWN_USE: Duration = Duration::from_millis(1500);
+/// How long the process of a mount may take to say who it is.
+const STATUS_PATIENCE: Duration = Duration::from_secs(1);
+/// The end of a mount process that takes longer is told of.
+const SILENCE: Duration = Duration::from_secs(2);
+/// How long it may take to bring what was written to a store that refuses it, and to end.
+const END_PATIENCE: Duration = Duration::from_secs(150);
 
 /// What a daemon says to the command that started it.
 #[derive(Debug, Serialize, Deserialize)]
@@ -221,6 +230,26 @@ fn daemon(args: &MountArgs, options: &MountOptions) -> Result<()> {
     }
 }
 
+/// Process that serves a mount, and a descriptor that can be read when it has ended; none: it does not answer.
+fn server(mountpoint: &Path) -> Option<(u64, OwnedFd)> {
+    let mut pid = None;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
+    let asked = async { control::ask(mountpoint, &Request::Status, |said| pid = said["pid"].as_u64()).await };
+    runtime.block_on(async { tokio::time::timeout(STATUS_PATIENCE, asked).await }).ok()?.ok()?;
+    let process = rustix::process::Pid::from_raw(i32::try_from(pid?).ok()?)?;
+    Some((pid?, rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()).ok()?))
+}
+
+/// Waits for up to 100 ms.
+fn has_ended(process: &OwnedFd) -> Result<bool> {
+    let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+    match poll(&mut fds, PollTimeout::from(100u8)) {
+        Ok(ready) => Ok(ready > 0),
+        Err(Errno::EINTR) => Ok(false),
+        Err(e) => Err(std::io::Error::from(e).into()),
+    }
+}
+
 /// `efc-fuse umount`.
 pub fn umount(mountpoint: &Path, lazy: bool, force: bool) -> Result<()> {
     let mountpoint = absolute(mountpoint)?;
@@ -228,6 +257,8 @@ pub fn umount(mountpoint: &Path, lazy: bool, force: bool) -> Result<()> {
     if force {
         mount.abort()?;
     }
+    // Others that are bound to a shared mount go on with its process.
+    let server = (!lazy && control::socket_path(&mountpoint).exists()).then(|| server(&mountpoint)).flatten();
     let begun = Instant::now();
     // Its holder looks at it once a second, and has it in use for that moment; the first time for up to a second, if the origin is slow to tell of its space.
     while let Err(e) = mount.unmount(lazy || force) {
@@ -236,15 +267,21 @@ pub fn umount(mountpoint: &Path, lazy: bool, force: bool) -> Result<()> {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-    // The process ends by itself when the kernel closes the session; wait, so that a new mount finds everything free.
-    let socket = control::socket_path(&mountpoint);
-    let deadline = Instant::now() + Duration::from_secs(15);
-    while !lazy && socket.exists() && Instant::now() < deadline {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        if runtime.block_on(control::ask(&mountpoint, &Request::Status, |_| {})).is_err() {
-            break;
+    let Some((pid, ended)) = server else { return Ok(()) };
+    // It ends by itself when the kernel closes the session.
+    let mut told = false;
+    while !has_ended(&ended)? {
+        if !told && begun.elapsed() > SILENCE {
+            told = true;
+            eprintln!("efc-fuse: unmounted; waiting for its process ({pid}) to bring what was written to the source");
         }
-        std::thread::sleep(Duration::from_millis(20));
+        if begun.elapsed() > END_PATIENCE {
+            let text = format!(
+                "{} is unmounted, but its process ({pid}) has not ended: its log says why",
+                mountpoint.display()
+            );
+            return Err(Error::new(Kind::Timeout, text));
+        }
     }
     Ok(())
 }
