@@ -6,5 +6,6 @@ mod grown;
 mod live;
 mod load;
 mod read;
+mod table;
 mod upgrade;
 mod write;

@@ -76,7 +76,7 @@ impl Origin {
     }
 
     /// What EFC has put there for itself.
-    fn own(&self) -> Vec<String> {
+    pub(super) fn own(&self) -> Vec<String> {
         let names: Vec<String> = match self {
             Origin::Dir(dir) | Origin::Nfs(dir, _) => {
                 let names = fs::read_dir(dir.path()).expect("origin").map(|e| e.expect("entry").file_name());
