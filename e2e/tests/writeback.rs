@@ -5,6 +5,7 @@ use efc_testkit::oss::{Action, Fault, OssOptions, OssServer};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -91,7 +92,7 @@ fn what_is_refused_is_shown_and_can_be_discarded() {
     s.fault(put_fault("", refused()));
     let dirty = |more: &[&str]| {
         let program = program("efc-fuse").expect("built");
-        let out = std::process::Command::new(program).arg("dirty").arg(&m.path).args(more).output().expect("efc-fuse");
+        let out = Command::new(program).arg("dirty").arg(&m.path).args(more).output().expect("efc-fuse");
         (out.status.success(), String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned())
     };
     let path = m.path.clone();
@@ -115,6 +116,21 @@ fn what_is_refused_is_shown_and_can_be_discarded() {
     });
     m.unmount().expect("unmount");
     assert_eq!(s.keys("b"), [b"old".to_vec()]);
+}
+
+/// Two minutes are given to a store that refuses; who unmounts is told.
+#[test]
+fn who_unmounts_is_told_what_the_store_refused() {
+    let s = server();
+    let m = mount(&s, &[]);
+    s.fault(put_fault("", refused()));
+    let path = m.path.clone();
+    within(PATIENCE, move || fs::write(path.join("f"), b"refused").expect("close does not wait"));
+    let out = Command::new(program("efc-fuse").expect("built")).arg("umount").arg(&m.path).output().expect("efc-fuse");
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.code() == Some(1) && said.contains("waiting for its process"), "{out:?}");
+    assert!(said.contains("not all that was written is at the source") && said.contains("AccessDenied"), "{said}");
+    m.ended().expect_err("so does its own exit status");
 }
 
 #[test]

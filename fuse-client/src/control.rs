@@ -46,6 +46,8 @@ pub enum Request {
     },
     /// What happened to the processes of this mount.
     History,
+    /// How it ends, which it is about to do: `missing` is null when all that was written is at the origin, else why it is not and will not be.
+    End,
     /// Take these options over while serving ([`crate::options::all_live`]), and have successors do so.
     Set {
         /// `-o` texts, an option each.

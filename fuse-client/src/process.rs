@@ -40,12 +40,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 /// How long requests that are under way may take when another program is to serve the mount; what takes longer is done again by that.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 /// How long the mount may take to answer for the first time.
 const CHECK_PATIENCE: Duration = Duration::from_secs(30);
+/// How long who asked how the mount ended may take to hear it.
+const TELL_PATIENCE: Duration = Duration::from_secs(1);
 /// How long tasks of the mount may take to end.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -357,6 +360,7 @@ impl Process {
             held: held.clone(),
             agreed: Agreed::new(options.read_write, strict),
             successor_reads: AtomicU32::new(*journal::FORMATS.end()),
+            ended: watch::Sender::default(),
         });
         let is_there = mount.is_mounted()?;
         let process = Process {
@@ -454,6 +458,9 @@ impl Process {
             () = stop.asked() => { self.leave(true); Ok(()) }
         };
         let kept = self.fs.end(STOP_PATIENCE).await;
+        self.teller.ended.send_replace(Some(kept.as_ref().map(|_| ()).map_err(ToString::to_string)));
+        // Who asked for that has it.
+        let _ = tokio::time::timeout(TELL_PATIENCE, self.teller.ended.closed()).await;
         // Reads under way are answered by now or never: nobody is left to hear them.
         self.tasks.shutdown(STOP_PATIENCE).await;
         drop((self.control, self.session));

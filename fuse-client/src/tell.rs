@@ -24,7 +24,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 /// How long workers may take to tell their counters.
@@ -60,6 +60,8 @@ pub struct Teller {
     pub agreed: Agreed,
     /// The format of the journal that this program reads, of what is asked for last.
     pub successor_reads: AtomicU32,
+    /// Whether all that was written is at the origin, when the mount has ended.
+    pub ended: watch::Sender<Option<std::result::Result<(), String>>>,
 }
 
 impl Teller {
@@ -195,6 +197,13 @@ impl Handler for Teller {
                     Ok(()) => json!({ "set": true }),
                     Err(e) => json!({ "error": e.to_string() }),
                 },
+                Request::End => {
+                    let mut ended = self.ended.subscribe();
+                    match ended.wait_for(Option::is_some).await.map(|e| e.clone()) {
+                        Ok(Some(Err(text))) => json!({ "missing": text }),
+                        Ok(_) | Err(_) => json!({ "missing": null }),
+                    }
+                }
                 Request::History => json!({ "events": self.held.as_ref().map(|h| h.events()).unwrap_or_default() }),
                 Request::Upgrade { id, program, options } => match self.upgrade(id, program, options).await {
                     Ok(()) => json!({ "tried": true }),

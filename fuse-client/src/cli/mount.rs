@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
 
 /// A mount that is in use for longer is in use by others than its holder.
 const OWN_USE: Duration = Duration::from_millis(1500);
@@ -230,14 +231,61 @@ fn daemon(args: &MountArgs, options: &MountOptions) -> Result<()> {
     }
 }
 
-/// Process that serves a mount, and a descriptor that can be read when it has ended; none: it does not answer.
-fn server(mountpoint: &Path) -> Option<(u64, OwnedFd)> {
-    let mut pid = None;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
-    let asked = async { control::ask(mountpoint, &Request::Status, |said| pid = said["pid"].as_u64()).await };
-    runtime.block_on(async { tokio::time::timeout(STATUS_PATIENCE, asked).await }).ok()?.ok()?;
-    let process = rustix::process::Pid::from_raw(i32::try_from(pid?).ok()?)?;
-    Some((pid?, rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()).ok()?))
+/// A process that serves a mount.
+struct Server {
+    pid: u64,
+    /// Can be read when it has ended.
+    process: OwnedFd,
+    runtime: Runtime,
+}
+
+impl Server {
+    /// That of a mount, if it answers.
+    fn of(mountpoint: &Path) -> Option<Server> {
+        let mut pid = None;
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().ok()?;
+        let asked = async { control::ask(mountpoint, &Request::Status, |said| pid = said["pid"].as_u64()).await };
+        runtime.block_on(async { tokio::time::timeout(STATUS_PATIENCE, asked).await }).ok()?.ok()?;
+        let process = rustix::process::Pid::from_raw(i32::try_from(pid?).ok()?)?;
+        let process = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()).ok()?;
+        Some(Server { pid: pid?, process, runtime })
+    }
+
+    /// Waits for its end after an unmount.
+    ///
+    /// # Errors
+    /// When what was written is not at the source; [`Kind::Timeout`] when it does not end.
+    fn wait(self, mountpoint: &Path) -> Result<()> {
+        let (begun, shown, pid) = (Instant::now(), mountpoint.display(), self.pid);
+        let at = mountpoint.to_path_buf();
+        let said = self.runtime.spawn(async move {
+            let mut missing = None;
+            // One that had nothing to bring there may be faster than the question, and one of an earlier version does not know it.
+            let _ = control::ask(&at, &Request::End, |said| missing = said["missing"].as_str().map(String::from)).await;
+            missing
+        });
+        let mut told = false;
+        while !has_ended(&self.process)? {
+            if !told && begun.elapsed() > SILENCE {
+                told = true;
+                eprintln!(
+                    "efc-fuse: unmounted; waiting for its process ({pid}) to bring what was written to the source (efc-fuse dirty {shown} shows what that is)"
+                );
+            }
+            if begun.elapsed() > END_PATIENCE {
+                let text = format!("{shown} is unmounted, but its process ({pid}) has not ended: its log says why");
+                return Err(Error::new(Kind::Timeout, text));
+            }
+        }
+        // At once, unless it was asked of another mount that has taken the place.
+        match self.runtime.block_on(async { tokio::time::timeout(STATUS_PATIENCE, said).await }) {
+            Ok(Ok(Some(why))) => {
+                let text = format!("{shown} is unmounted, and not all that was written is at the source: {why}");
+                Err(Error::new(Kind::Io, text))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Waits for up to 100 ms.
@@ -258,7 +306,7 @@ pub fn umount(mountpoint: &Path, lazy: bool, force: bool) -> Result<()> {
         mount.abort()?;
     }
     // Others that are bound to a shared mount go on with its process.
-    let server = (!lazy && control::socket_path(&mountpoint).exists()).then(|| server(&mountpoint)).flatten();
+    let server = (!lazy && control::socket_path(&mountpoint).exists()).then(|| Server::of(&mountpoint)).flatten();
     let begun = Instant::now();
     // Its holder looks at it once a second, and has it in use for that moment; the first time for up to a second, if the origin is slow to tell of its space.
     while let Err(e) = mount.unmount(lazy || force) {
@@ -267,21 +315,5 @@ pub fn umount(mountpoint: &Path, lazy: bool, force: bool) -> Result<()> {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-    let Some((pid, ended)) = server else { return Ok(()) };
-    // It ends by itself when the kernel closes the session.
-    let mut told = false;
-    while !has_ended(&ended)? {
-        if !told && begun.elapsed() > SILENCE {
-            told = true;
-            eprintln!("efc-fuse: unmounted; waiting for its process ({pid}) to bring what was written to the source");
-        }
-        if begun.elapsed() > END_PATIENCE {
-            let text = format!(
-                "{} is unmounted, but its process ({pid}) has not ended: its log says why",
-                mountpoint.display()
-            );
-            return Err(Error::new(Kind::Timeout, text));
-        }
-    }
-    Ok(())
+    server.map_or(Ok(()), |s| s.wait(&mountpoint))
 }
