@@ -137,10 +137,17 @@ pub fn listen(mountpoint: &Path, handler: Arc<dyn Handler>, tasks: &TaskGroup) -
         loop {
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let handler = handler.clone();
-                    group.spawn(async move {
-                        if let Err(e) = serve(stream, handler).await {
-                            warn!(error = %e, "control request failed");
+                    let (handler, tasks) = (handler.clone(), group.clone());
+                    group.spawn_graceful(async move {
+                        tokio::select! {
+                            // First: an answer that is there when the mount ends is still given.
+                            biased;
+                            served = serve(stream, handler) => {
+                                if let Err(e) = served {
+                                    warn!(error = %e, "control request failed");
+                                }
+                            }
+                            () = tasks.stopped() => {}
                         }
                     });
                 }
@@ -181,7 +188,8 @@ async fn serve(stream: UnixStream, handler: Arc<dyn Handler>) -> Result<()> {
             }
         }
     };
-    tokio::join!(work, pump);
+    // In this order: what was found out goes out at once.
+    futures::join!(work, pump);
     Ok(())
 }
 
