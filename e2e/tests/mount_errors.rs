@@ -3,8 +3,9 @@
 use efc_e2e::program;
 use efc_testkit::oss::{OssOptions, OssServer};
 use efc_testkit::process::scratch;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use tempfile::TempDir;
 
 /// A mountpoint on which nothing stays, also after a panic.
 struct Left<'a>(&'a Path);
@@ -14,6 +15,15 @@ impl Drop for Left<'_> {
         // Nothing is mounted there any more if all went well.
         let _ = Command::new("timeout").args(["10", "umount", "-l"]).arg(self.0).output();
     }
+}
+
+/// A directory to be mounted, and where.
+fn places(name: &str) -> (TempDir, PathBuf, PathBuf) {
+    let dir = scratch(name).expect("dir");
+    let (src, mnt) = (dir.path().join("src"), dir.path().join("mnt"));
+    std::fs::create_dir(&src).expect("src");
+    std::fs::create_dir(&mnt).expect("mnt");
+    (dir, src, mnt)
 }
 
 /// Runs `efc-fuse mount` to its end under a deadline.
@@ -28,6 +38,11 @@ fn mount(source: &str, mountpoint: &Path, options: &str, keys: (&str, &str)) -> 
     }
     c.env("AWS_ACCESS_KEY_ID", keys.0).env("AWS_SECRET_ACCESS_KEY", keys.1);
     c.output().expect("run efc-fuse")
+}
+
+fn umount(mountpoint: &Path) -> Output {
+    let mut c = Command::new("timeout");
+    c.arg("30").arg(program("efc-fuse").expect("built")).arg("umount").arg(mountpoint).output().expect("run efc-fuse")
 }
 
 fn refused(what: &str, out: &Output, code: i32, says: &[&str], mountpoint: &Path) {
@@ -80,46 +95,48 @@ fn every_mistake_is_named_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn what_was_unmounted_can_be_mounted_again_at_once() {
+    let (_dir, src, mnt) = places("again");
+    let _left = Left(&mnt);
+    for _ in 0..3 {
+        for out in [mount(&format!("file://{}", src.display()), &mnt, "", ("", "")), umount(&mnt)] {
+            assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        }
+    }
+}
+
+#[test]
 fn a_busy_mountpoint_is_refused_and_left_as_it_was() {
-    let dir = scratch("busy").expect("dir");
-    let (src, mnt) = (dir.path().join("src"), dir.path().join("mnt"));
-    std::fs::create_dir(&src).expect("src");
-    std::fs::create_dir(&mnt).expect("mnt");
+    let (_dir, src, mnt) = places("busy");
     let _left = Left(&mnt);
     let source = format!("file://{}", src.display());
     let first = mount(&source, &mnt, "", ("", ""));
     assert!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
     let again = mount(&source, &mnt, "", ("", ""));
-    let umount =
-        || Command::new("timeout").arg("30").arg(program("efc-fuse").expect("built")).arg("umount").arg(&mnt).output();
-    let gone = umount().expect("umount");
+    let gone = umount(&mnt);
     let said = String::from_utf8_lossy(&again.stderr);
     assert_eq!(again.status.code(), Some(6), "{said}");
     assert!(said.contains("already a mount point"), "{said}");
     assert!(gone.status.success(), "{}", String::from_utf8_lossy(&gone.stderr));
     // A second unmount says so.
-    assert_eq!(umount().expect("umount").status.code(), Some(3));
+    assert_eq!(umount(&mnt).status.code(), Some(3));
 }
 
 #[test]
 fn what_is_in_use_for_a_moment_is_unmounted() {
-    let dir = scratch("moment").expect("dir");
-    let (src, mnt) = (dir.path().join("src"), dir.path().join("mnt"));
-    [&src, &mnt].into_iter().for_each(|d| std::fs::create_dir(d).expect("mkdir"));
+    let (_dir, src, mnt) = places("moment");
     std::fs::write(src.join("f"), "there").expect("file");
     let _left = Left(&mnt);
     let done = mount(&format!("file://{}", src.display()), &mnt, "", ("", ""));
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    let umount =
-        || Command::new("timeout").arg("30").arg(program("efc-fuse").expect("built")).arg("umount").arg(&mnt).output();
     let file = std::fs::File::open(mnt.join("f")).expect("open");
-    let refused = umount().expect("umount");
+    let refused = umount(&mnt);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     let closed = std::thread::spawn(move || {
         std::thread::sleep(std::time::Duration::from_millis(100));
         drop(file);
     });
-    let gone = umount().expect("umount");
+    let gone = umount(&mnt);
     closed.join().expect("closed");
     assert!(refused.status.code() == Some(6) && said.contains("in use"), "{said}");
     assert!(gone.status.success(), "{}", String::from_utf8_lossy(&gone.stderr));
@@ -145,10 +162,7 @@ impl Drop for Helper {
 #[test]
 fn mount_8_mounts_and_umount_8_unmounts() {
     let _helper = Helper::install();
-    let dir = scratch("mount8").expect("dir");
-    let (src, mnt) = (dir.path().join("src"), dir.path().join("mnt"));
-    std::fs::create_dir(&src).expect("src");
-    std::fs::create_dir(&mnt).expect("mnt");
+    let (dir, src, mnt) = places("mount8");
     std::fs::write(src.join("hello"), "there").expect("file");
     let options = format!("noatime,uid=5,data_dir={}", dir.path().join("data").display());
     let run = |program: &str, args: &[&str]| {

@@ -32,11 +32,17 @@ fn refused() -> Action {
     Action::Status { status: 403, code: "AccessDenied".into() }
 }
 
+/// A mount of a store that takes nothing any more.
+fn mount_refused(server: &OssServer) -> Mount {
+    let m = mount(server, &[]);
+    server.fault(put_fault("", refused()));
+    m
+}
+
 #[test]
 fn a_closed_file_is_there_and_comes_to_the_store_by_itself() {
     let s = server();
-    let m = mount(&s, &[]);
-    s.fault(put_fault("", refused()));
+    let m = mount_refused(&s);
     let path = m.path.clone();
     within(PATIENCE, move || {
         fs::write(path.join("f"), b"closed").expect("close does not wait");
@@ -88,8 +94,7 @@ fn fsync_waits_and_tells() {
 fn what_is_refused_is_shown_and_can_be_discarded() {
     let s = server();
     s.put("b", "old", "as it was");
-    let m = mount(&s, &[]);
-    s.fault(put_fault("", refused()));
+    let m = mount_refused(&s);
     let dirty = |more: &[&str]| {
         let program = program("efc-fuse").expect("built");
         let out = Command::new(program).arg("dirty").arg(&m.path).args(more).output().expect("efc-fuse");
@@ -122,8 +127,7 @@ fn what_is_refused_is_shown_and_can_be_discarded() {
 #[test]
 fn who_unmounts_is_told_what_the_store_refused() {
     let s = server();
-    let m = mount(&s, &[]);
-    s.fault(put_fault("", refused()));
+    let m = mount_refused(&s);
     let path = m.path.clone();
     within(PATIENCE, move || fs::write(path.join("f"), b"refused").expect("close does not wait"));
     let out = Command::new(program("efc-fuse").expect("built")).arg("umount").arg(&m.path).output().expect("efc-fuse");

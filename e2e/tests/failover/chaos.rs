@@ -103,7 +103,7 @@ fn prober(path: PathBuf, held_up: Arc<Mutex<Vec<(Instant, Duration)>>>) -> Step 
 
 fn programs(r: &Rig, beside: &Path, held_up: &Arc<Mutex<Vec<(Instant, Duration)>>>) -> Load {
     let (path, others, beside, held_up) =
-        (r.mount.path.clone(), r.other().to_path_buf(), beside.to_path_buf(), held_up.clone());
+        (r.mount.path.clone(), r.other.path.clone(), beside.to_path_buf(), held_up.clone());
     let of = move |name: &str| {
         let dir = path.join(name);
         fs::create_dir(&dir).expect("mkdir");

@@ -2,14 +2,13 @@
 
 use crate::live::replaced;
 use crate::load::PATIENCE;
+use crate::upgrade::efc_fuse;
 use crate::write::{KEYS, Origin, rig};
-use efc_e2e::{Mount, program, wait_for, within};
-use efc_testkit::scratch;
+use efc_e2e::{Mount, wait_for, within};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::{self, File};
 use std::io::Write;
-use std::process::Command;
 use std::time::Duration;
 
 #[test]
@@ -75,9 +74,8 @@ fn what_is_open_of_a_detached_mount_goes_on() {
         file.write_all(b"before ").expect("write");
         file
     });
-    let out =
-        Command::new(program("efc-fuse").expect("program")).args(["umount", "--lazy"]).arg(&r.mount.path).output();
-    assert!(out.expect("umount").status.success());
+    let out = efc_fuse(&r.mount, "umount", &["--lazy"]);
+    assert!(out.status.success(), "{out:?}");
     let before = r.mount.pid();
     r.mount.kill_server();
     within(PATIENCE, move || {
@@ -89,32 +87,4 @@ fn what_is_open_of_a_detached_mount_goes_on() {
     let seen = r.other.path.join("f");
     assert_eq!(within(PATIENCE, move || fs::read_to_string(seen).expect("read")), "before and after");
     r.other.finish(&[]).expect("log");
-}
-
-/// Nothing stays mounted after a panic.
-struct Place(String);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = Command::new("timeout").args(["10", "umount", "-lq", &self.0]).output();
-    }
-}
-
-#[test]
-fn what_was_unmounted_can_be_mounted_again_at_once() {
-    let dir = scratch("again").expect("scratch");
-    for name in ["origin", "at"] {
-        fs::create_dir(dir.path().join(name)).expect("mkdir");
-    }
-    let [origin, at, data] = ["origin", "at", "data"].map(|n| dir.path().join(n).display().to_string());
-    let at = Place(at);
-    let efc_fuse = |args: &[&str]| {
-        let out = Command::new("timeout").arg("60").arg(program("efc-fuse").expect("program")).args(args).output();
-        let out = out.expect("run");
-        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
-    };
-    for _ in 0..3 {
-        efc_fuse(&["mount", &format!("file://{origin}"), &at.0, "-o", &format!("data_dir={data}")]);
-        efc_fuse(&["umount", &at.0]);
-    }
 }

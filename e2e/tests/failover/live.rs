@@ -7,6 +7,8 @@ use crate::write::KEYS;
 use efc_e2e::{Cluster, Mount, WorkerSpec, wait_for, within};
 use efc_testkit::oss::{Identity, OssOptions, OssServer};
 use efc_testkit::scratch;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::fs::{self, File};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -26,8 +28,13 @@ fn refused(m: &Mount, option: &str, code: i32, why: &str) {
 
 /// Another process serves.
 pub(super) fn replaced(m: &Mount) {
+    replaced_after(m, Signal::SIGKILL);
+}
+
+/// Another process serves, since this one got the signal.
+pub(super) fn replaced_after(m: &Mount, signal: Signal) {
     let pid = m.pid();
-    m.kill_server();
+    kill(Pid::from_raw(pid as i32), signal).expect("signal");
     // It is there before it answers questions.
     wait_for("another process", PATIENCE, || Ok(m.pid() != pid && m.stats().is_ok())).expect("replaced");
 }

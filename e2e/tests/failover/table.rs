@@ -1,6 +1,6 @@
 //! The table of `docs/SEMANTICS.md` ("When the processes of a mount go"): every kind of state, and every way in which a process of the mount can go.
 
-use crate::live::replaced;
+use crate::live::{replaced, replaced_after};
 use crate::load::PATIENCE;
 use crate::read::embedded;
 use crate::upgrade::{efc_fuse, upgrade};
@@ -9,8 +9,7 @@ use efc_e2e::{Mount, program, wait_for, within};
 use efc_testkit::scratch;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::libc;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, ReadDir};
 use std::os::fd::AsRawFd;
@@ -39,10 +38,7 @@ fn befalls(m: &Mount, way: Way) {
     let pid = m.pid();
     match way {
         Way::Crash => replaced(m),
-        Way::Hang => {
-            kill(Pid::from_raw(pid as i32), Signal::SIGSTOP).expect("stop");
-            wait_for("another process", PATIENCE, || Ok(m.pid() != pid && m.stats().is_ok())).expect("replaced");
-        }
+        Way::Hang => replaced_after(m, Signal::SIGSTOP),
         Way::Upgrade => upgrade(m, &program("efc-fuse").expect("program")),
         Way::Holder => {
             m.kill_holder().expect("another holder");

@@ -267,11 +267,6 @@ impl Rig {
         self.origin.has_links()
     }
 
-    /// The mount point of the other mount.
-    pub(super) fn other(&self) -> &Path {
-        &self.other.path
-    }
-
     /// Nothing of EFC's own is left at the origin.
     pub(super) fn end(self, expected: &[&str]) {
         assert_eq!(self.origin.own(), [""; 0]);
